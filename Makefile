@@ -1,0 +1,39 @@
+# Everything a developer or an operator does. Each target installs what it needs into .venv; a second run does so at once.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: up test quick check bench clean
+
+.venv/run.stamp: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@echo "installing fmzbus (pinned by constraints.txt)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	@echo "installing what the tests need"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+up: .venv/run.stamp          ## the whole system on this machine: make up ARGS="--port 7000"
+	@exec $(BIN)/fmzbus up $(ARGS)
+
+test: .venv/dev.stamp        ## every test, warnings are errors
+	$(BIN)/pytest $(ARGS)
+
+quick: .venv/dev.stamp       ## the tests that take no real time, under a minute
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+check: .venv/dev.stamp       ## format, lint, strict types, no secrets
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^tests/'  # the tests' keys are made up
+
+bench: .venv/dev.stamp       ## speed as ratios against bare references; a table, and build/bench.json
+	$(BIN)/python -m tests.bench $(ARGS)
+
+clean:                       ## caches and the environment; the state folder stays
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

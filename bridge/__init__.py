@@ -1,0 +1,1 @@
+"""Speaks to hosts: HTTP in, one request on the bus, one answer out."""

@@ -1,0 +1,212 @@
+"""The HTTP side of the bridge: one POST in, one envelope out, HTTP 200 whatever happens."""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from aiohttp import web
+from msgspec import Raw
+
+from bridge import fmz
+from bridge.caller import Caller
+from bridge.routes import Routes
+from bus import config
+from bus.connection import Bus
+from bus.errors import BadRequest, BusError, Busy, Internal, OutcomeUnknown, TimedOut
+from bus.messages import Failure, Request, Spans, encode_exact
+from bus.methods import is_write
+from bus.metrics import Metrics
+from bus.seal import Sealer, frame
+
+log = logging.getLogger(__name__)
+
+MARGIN_S = 0.5
+"""The deadline in the message is this much before the host's, so that a worker's last word still arrives."""
+IDLE_GRACE_S = 1.0
+"""While draining, how long a kept-alive connection may stay silent before it is closed."""
+DRAIN_S = 15.0
+JSON = "application/json"
+ONLY_POST = b'{"error":"POST an FMZ request here, as a robot does; see the README"}'
+
+
+class Bridge:
+    """Answers hosts. in_flight: requests taken and not yet answered."""
+
+    def __init__(
+        self,
+        settings: config.Bridge,
+        orders: config.Orders,
+        *,
+        bus: Bus,
+        caller: Caller,
+        routes: Routes,
+        sealer: Sealer,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._by_nonce = orders.nonce_identity == "auto"
+        self._bus = bus
+        self._caller = caller
+        self._routes = routes
+        self._sealer = sealer
+        self._metrics = metrics
+        self._open_keys: set[str] = set()
+        self._busy: set[object] = set()
+        self._idle = asyncio.Event()
+        self.in_flight = 0
+        self.draining = False
+        self.server = web.Server(
+            self.handle,
+            access_log=None,
+            request_factory=partial(web.BaseRequest, loop=asyncio.get_running_loop(), client_max_size=settings.max_body_kib * 1024),
+            keepalive_timeout=settings.idle_s,
+            auto_decompress=False,
+        )
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request. The only place where a host's connection meets an exception."""
+        started = time.perf_counter()
+        self.in_flight += 1
+        self._busy.add(request.protocol)
+        try:
+            response = await self._answer(request, started)
+        finally:
+            self.in_flight -= 1
+            self._busy.discard(request.protocol)
+            if not self.in_flight:
+                self._idle.set()
+        if self.draining:
+            response.force_close()
+        return response
+
+    async def _answer(self, request: web.BaseRequest, started: float) -> web.Response:
+        if request.method != "POST":
+            return web.Response(body=ONLY_POST, status=405, content_type=JSON, headers={"Allow": "POST"})
+        exchange, method, outcome, key = "unknown", "unknown", "ok", ""
+        spans: Spans | None = None
+        waited = 0.0
+        try:
+            body = await self._read(request, started)
+            call = fmz.decode(body, request.headers.get("Http-Method", ""))
+            method = call.method.name
+            route = self._routes.find(request.path)
+            exchange = route.exchange
+            if self.in_flight > self._settings.max_in_flight:
+                raise Busy(f"{self._settings.max_in_flight} requests are in flight already")
+            params = fmz.encode_params(call.params)
+            if is_write(call.method, call.params):
+                key = self._key(route.path, call, params)
+            key_id, sealed, mac_key = self._sealer.box(call.access_key, call.secret_key)
+            left_s = self._settings.deadline_s - (time.perf_counter() - started)
+            message = Request(
+                exchange=exchange,
+                path=route.path,
+                method=method,
+                params=Raw(params),
+                expires_at_ms=self._bus.now_ms() + int((left_s - MARGIN_S) * 1000),
+                idempotency_key=key,
+                key_id=key_id,
+                sealed=sealed,
+                trace=request.headers.get("Fmzbus-Trace") == "1",
+            )
+            sent = time.perf_counter()
+            try:
+                reply = await self._caller.call(exchange, method, frame(encode_exact(message), mac_key), key=key, timeout_s=left_s - 0.05)
+            finally:
+                waited = time.perf_counter() - sent
+            spans = reply.spans
+            if isinstance(reply, Failure):
+                raise reply.error
+            content = fmz.answer(reply)
+        except BusError as e:
+            content, outcome = fmz.refuse(e), e.code
+        except Exception:
+            log.exception("unhandled error")  # the traceback stays here, the host gets one line
+            told = "internal error, see the bridge's log"
+            error = OutcomeUnknown(f"{told}; client order id {key}") if key else Internal(told)
+            content, outcome = fmz.refuse(error), error.code
+        finally:
+            self._open_keys.discard(key)
+        elapsed = time.perf_counter() - started
+        self._metrics.answered(exchange, method, outcome, elapsed)
+        response = web.Response(body=content, content_type=JSON)
+        if request.headers.get("Fmzbus-Trace") == "1":
+            response.headers["Server-Timing"] = _timing(elapsed, waited, spans)
+            response.headers["Fmzbus-Cache"] = "miss"
+        return response
+
+    async def _read(self, request: web.BaseRequest, started: float) -> bytes:
+        if len(self.server._connections) > self._settings.max_connections:  # .connections makes a list of them all
+            raise Busy(f"{self._settings.max_connections} connections are open already")
+        try:
+            if request.content.is_eof():  # the usual case: the body came with the head, no timer is needed
+                return await request.read()
+            async with asyncio.timeout(self._settings.deadline_s - (time.perf_counter() - started) - MARGIN_S):
+                return await request.read()
+        except web.HTTPRequestEntityTooLarge as e:
+            raise BadRequest(f"body: expected at most {self._settings.max_body_kib} KiB") from e
+        except TimeoutError as e:
+            raise TimedOut("the body did not arrive") from e
+        except web.RequestPayloadError as e:
+            raise BadRequest("body: broken off or badly chunked") from e
+
+    def _key(self, path: str, call: fmz.HostCall, params: bytes) -> str:
+        """The idempotency key. Two equal requests that are open at once are two orders: the second gets a random key."""
+        key = fmz.idempotency_key(path, call, params, by_nonce=self._by_nonce)
+        if key in self._open_keys:
+            key = fmz.idempotency_key(path, call, params, by_nonce=False)
+        self._open_keys.add(key)
+        return key
+
+    async def drain(self) -> None:
+        """Answer what is open, each reply with `Connection: close`; then close what stayed silent. A host repeats no POST by itself, so
+        no connection is closed while a request may be on its way, except one that was silent for IDLE_GRACE_S."""
+        self.draining = True
+        await asyncio.sleep(IDLE_GRACE_S)
+        for connection in self.server.connections:
+            if connection not in self._busy:
+                connection.force_close()
+        while self.in_flight:
+            self._idle.clear()
+            await self._idle.wait()
+
+
+def _timing(elapsed: float, waited: float, spans: Spans | None) -> str:
+    """Server-Timing, ms per hop: bridge and bus without what they wait for, worker without the exchange."""
+    worker, venue = (spans.worker_ms, spans.venue_ms) if spans else (0.0, 0.0)
+    hops = {
+        "bridge": (elapsed - waited) * 1000,
+        "bus": waited * 1000 - worker,
+        "worker": worker - venue,
+        "venue": venue,
+        "total": elapsed * 1000,
+    }
+    return ", ".join(f"{hop};dur={max(ms, 0):.3f}" for hop, ms in hops.items())
+
+
+@asynccontextmanager
+async def listening(bridge: Bridge, host: str, port: int, inherited: socket.socket | None) -> AsyncIterator[str]:
+    """Accept hosts until left, then drain. Yields the service address. Raises OSError when the port is taken.
+
+    Without an inherited socket several bridges may share the port (SO_REUSEPORT).
+    """
+    loop = asyncio.get_running_loop()
+    if inherited is not None:
+        server = await loop.create_server(bridge.server, sock=inherited, backlog=1024)
+    else:
+        server = await loop.create_server(bridge.server, host, port, reuse_port=True, backlog=1024)
+    bound = server.sockets[0].getsockname()
+    try:
+        yield f"http://{bound[0]}:{bound[1]}"
+    finally:
+        server.close()
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await bridge.drain()
+        except TimeoutError:
+            log.warning("drain ended with requests open", extra={"fields": {"in_flight": bridge.in_flight}})
+        await bridge.server.shutdown(1)

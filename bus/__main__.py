@@ -1,0 +1,330 @@
+"""The `fmzbus` command. It starts processes and looks things up; it imports none of the processes it starts."""
+
+import asyncio
+import http.client
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bus import call as calls
+from bus import fleet, seal, up
+from bus.config import Config
+from bus.connection import Bus, connected, without_password
+from bus.logs import follow_files, newest, pretty
+from bus.sessions import Session, Sessions
+from bus.start import VERSION, bus_url, exposure, read_config
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="One cluster that lets any number of FMZ hosts trade on any exchange.\n\nBegin with `fmzbus up`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+sessions_app = typer.Typer(
+    help="Futures state per robot: contract, direction, leverage.", invoke_without_command=True, rich_markup_mode=None
+)
+keys_app = typer.Typer(help="The keys that seal credentials between bridge and workers.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(sessions_app, name="sessions")
+app.add_typer(keys_app, name="keys")
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file; default fmzbus.toml where there is one.")]
+StateDir = Annotated[str | None, typer.Option("--state", help="Folder of everything that survives a restart; default ./state.")]
+
+DEMO = ("demo", "demo-secret")
+"""Keys for the paper exchange, where any key opens an account with play money."""
+
+
+def _config(path: str | None, state: str | None, **overrides: object) -> Config:
+    for key, value in {"state": state, **overrides}.items():
+        if value is not None:
+            os.environ[f"FMZBUS__{key.upper()}"] = str(value)
+    return read_config(path)
+
+
+def _fail(text: str) -> typer.Exit:
+    err.print(f"fmzbus: {text}", markup=False)
+    return typer.Exit(1)
+
+
+@app.command("up")
+def up_command(
+    config: ConfigFile = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Where hosts POST; default 6666, 0 takes a free one.")] = None,
+    admin_port: Annotated[int, typer.Option(min=0, max=65535, help="/healthz, /readyz and /metrics of the first bridge; 0: any.")] = 6680,
+    state: StateDir = None,
+    bridges: Annotated[int, typer.Option(min=1, max=64, help="Bridge processes; they share the port.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Worker processes.")] = 2,
+    bench: Annotated[bool, typer.Option("--bench", help="Also serve /null, an exchange without I/O.")] = False,
+) -> None:
+    """Run the whole system on this machine: nats-server, paper exchange, workers, bridges. Ctrl-C drains and stops it."""
+    settings = _config(config, state, bridge__port=port, bench="true" if bench else None)
+    if reason := exposure(settings.bridge):
+        raise _fail(reason)
+    started = time.monotonic()
+
+    def on_ready(address: str, children: list[up.Child]) -> None:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("what", "pid", "where", "admin"):
+            table.add_column(title)
+        for child in children:
+            table.add_row(child.name, str(child.pid), child.status, child.admin)
+        out.print(table)
+        for line in _welcome(address, settings):
+            out.print(line, markup=False)
+        out.print(f"ready {address}/paper  (in {time.monotonic() - started:.1f} s)", markup=False)
+        sys.stdout.flush()
+
+    async def run() -> None:
+        supervisor = up.Supervisor(
+            settings,
+            config_path=Path(config) if config else None,
+            bridges=bridges,
+            workers=workers,
+            admin_port=admin_port,
+            say=lambda line: err.print(line, markup=False),
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+        await supervisor.run(on_ready)
+
+    try:
+        asyncio.run(run())
+    except up.UpError as e:
+        raise _fail(str(e)) from None
+
+
+def _welcome(address: str, settings: Config) -> list[str]:
+    request = '{"access_key":"a","secret_key":"b","nonce":1500793319499123457,"method":"ticker","params":{"symbol":"BTC_USDT"}}'
+    lines = [
+        "",
+        "In FMZ: add an exchange, choose the general (custom) protocol, and give it the service address below with any two keys.",
+        f"Or try it here:  curl -s -d '{request}' {address}/paper",
+    ]
+    return [*lines, f"Logs: {settings.state_path / 'logs'}   Stop: Ctrl-C", ""]
+
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("bridge", context_settings=PASS_ON, add_help_option=False)
+def bridge_command(context: typer.Context) -> None:
+    """Run one bridge against the bus that [nats] url names; --help tells its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "bridge", *context.args])  # noqa: S606 - the same process goes on as the bridge
+
+
+@app.command("worker", context_settings=PASS_ON, add_help_option=False)
+def worker_command(context: typer.Context) -> None:
+    """Run one worker against the bus that [nats] url names; --help tells its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "workers", *context.args])  # noqa: S606 - the same process goes on as the worker
+
+
+@app.command("call")
+def call_command(
+    exchange: Annotated[str, typer.Argument(help="As in the service address: paper, okx/robot-7.")],
+    method: Annotated[
+        str, typer.Argument(help="ticker, trade, __api_/path, io; or SetContractType, SetDirection, SetMarginLevel, GetPosition.")
+    ],
+    arguments: Annotated[list[str] | None, typer.Argument(help="k=v ...; plain values for the futures calls.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Send it that many times, each with its own nonce, and show percentiles.")] = 1,
+    trace: Annotated[bool, typer.Option("--trace", help="Show how long each hop took.")] = False,
+    verb: Annotated[str, typer.Option(help="Http-Method of a raw call (__api_...): GET, POST, PUT, DELETE.")] = "",
+    url: Annotated[str | None, typer.Option(help="Of the bridge; default the system that runs on this state folder.")] = None,
+    config: ConfigFile = None,
+    state: StateDir = None,
+) -> None:
+    """Send one request as an FMZ host would.
+
+    Keys come from FMZBUS_ACCESS_KEY and FMZBUS_SECRET_KEY, else from a prompt; never from an argument. The paper exchange has a demo key.
+
+    fmzbus call paper trade symbol=BTC_USDT type=buy price=-1 amount=100
+    """
+    settings = _config(config, state)
+    address = url or _address(settings)
+    access_key, secret_key = _keys(exchange)
+    try:
+        request = calls.body(method, arguments or [], access_key, secret_key)
+        replied = calls.post(address, exchange, request, verb=verb, repeat=repeat, trace=trace)
+    except ValueError as e:
+        raise _fail(str(e)) from None
+    except (OSError, http.client.HTTPException) as e:
+        raise _fail(f"no answer from {address}: {e}; is `fmzbus up` running?") from None
+    out.print(replied.body.decode(errors="replace"), markup=False)
+    for name, value in replied.hops.items():
+        err.print(f"{name}: {value}", markup=False)
+    if repeat > 1:
+        numbers = ", ".join(f"p{percent} {replied.percentile_ms(percent):.2f} ms" for percent in (50, 90, 99))
+        err.print(f"{repeat} calls: {numbers}", markup=False)
+    if replied.failed:
+        raise typer.Exit(1)
+
+
+def _address(settings: Config) -> str:
+    found = up.running(settings.state_path)
+    return found.address if found else f"http://{settings.bridge.host}:{settings.bridge.port}"
+
+
+def _keys(exchange: str) -> tuple[str, str]:
+    access_key, secret_key = os.environ.get("FMZBUS_ACCESS_KEY"), os.environ.get("FMZBUS_SECRET_KEY")
+    if access_key is not None and secret_key is not None:
+        return access_key, secret_key
+    if exchange.partition("/")[0].lower() in ("paper", "null"):
+        return DEMO
+    if not sys.stdin.isatty():
+        raise _fail("no keys: set FMZBUS_ACCESS_KEY and FMZBUS_SECRET_KEY")
+    return typer.prompt("access key", err=True), typer.prompt("secret key", hide_input=True, err=True)
+
+
+@app.command("status")
+def status_command(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, config: ConfigFile = None, state: StateDir = None
+) -> None:
+    """Who is alive, what it serves, where its admin listener is."""
+    settings = _config(config, state)
+
+    async def look(bus: Bus) -> list[fleet.Presence]:
+        async with fleet.followed(bus) as heard:
+            await asyncio.sleep(fleet.BEAT_S * 1.2)  # everybody speaks at least once in a beat
+            return heard.alive()
+
+    alive = _on_the_bus(settings, look)
+    where = without_password(bus_url(settings, "operator"))
+    if as_json:
+        out.print(msgspec.json.encode({"bus": where, "alive": alive}).decode(), markup=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("process", "ready", "up", "host", "pid", "serves", "admin", "version"):
+        table.add_column(title)
+    for one in alive:
+        serves = one.address or ", ".join(one.serves)
+        table.add_row(
+            one.process, "yes" if one.ready else "NO", f"{one.up_s:.0f} s", one.host, str(one.pid), serves, one.admin, one.version
+        )
+    out.print(f"bus {where}", markup=False)
+    out.print(table)
+    roles = {one.role for one in alive}
+    for role in ("bridge", "worker"):
+        if role not in roles:
+            err.print(f"no {role} is alive", markup=False)
+
+
+def _on_the_bus(settings: Config, look: Callable[[Bus], Coroutine[Any, Any, T]]) -> T:
+    """Connect as an operator, look, leave. Says so within 3 s when there is no bus."""
+    url = bus_url(settings, "operator")
+
+    async def run() -> T:
+        async with asyncio.timeout(3) as limit, connected(url, "operator", closed=lambda: None) as bus:
+            limit.reschedule(asyncio.get_running_loop().time() + 30)
+            return await look(bus)
+
+    try:
+        return asyncio.run(run())
+    except TimeoutError:
+        raise _fail("no bus answers; is `fmzbus up` running on this state folder, or [nats] url right?") from None
+
+
+@sessions_app.callback()
+def sessions_command(context: typer.Context, config: ConfigFile = None, state: StateDir = None) -> None:
+    """List the futures state of every robot: path and account hash, contract, direction, leverage."""
+    context.obj = _config(config, state)
+    if context.invoked_subcommand is not None:
+        return
+
+    async def look(bus: Bus) -> dict[str, Session]:
+        return await Sessions(bus, context.obj.nats.replicas).all()
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("key", "contract", "direction", "leverage"):
+        table.add_column(title)
+    for key, session in _on_the_bus(context.obj, look).items():
+        table.add_row(key, session.contract or "-", session.direction or "-", str(session.level or "-"))
+    out.print(table)
+
+
+@sessions_app.command("clear")
+def sessions_clear(
+    context: typer.Context,
+    key: Annotated[str | None, typer.Argument(help="As listed; all of them without it.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Forget futures state: the robot has to set contract, direction and leverage again before it trades contracts."""
+    if not yes:
+        typer.confirm(f"forget {key or 'the futures state of every robot'}?", abort=True)
+
+    async def clear(bus: Bus) -> list[str]:
+        sessions = Sessions(bus, context.obj.nats.replicas)
+        keys = [known for known in await sessions.all() if key in (None, known)]
+        for known in keys:
+            await sessions.clear(known)
+        return keys
+
+    cleared = _on_the_bus(context.obj, clear)
+    if key and not cleared:
+        raise _fail(f"no session named {key}; `fmzbus sessions` lists them")
+    out.print(f"forgot {len(cleared)}", markup=False)
+
+
+@keys_app.command("new")
+def keys_new(config: ConfigFile = None, state: StateDir = None) -> None:
+    """Make the first sealing key (`fmzbus up` does it by itself). Copy the folder to workers, the .public file alone to bridges."""
+    folder = _config(config, state).keys_path
+    if any(folder.glob("*.public")):
+        raise _fail(f"{folder} has keys already; `fmzbus keys rotate` replaces them")
+    out.print(f"{seal.new_keys(folder)} in {folder}", markup=False)
+
+
+@keys_app.command("rotate")
+def keys_rotate(config: ConfigFile = None, state: StateDir = None) -> None:
+    """Make a new sealing key; the one before is still accepted, older ones go. Running processes notice by themselves."""
+    folder = _config(config, state).keys_path
+    if not any(folder.glob("*.secret")):
+        raise _fail(f"{folder} has no key yet; `fmzbus keys new` makes one")
+    out.print(f"{seal.new_keys(folder)} in {folder}", markup=False)
+
+
+@app.command("logs")
+def logs_command(
+    name: Annotated[str, typer.Argument(help="Part of a file name: worker, bridge-1; all without it.")] = "",
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the newest.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they come.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As they lie in the files.")] = False,
+    config: ConfigFile = None,
+    state: StateDir = None,
+) -> None:
+    """Show the newest log lines of all processes, in the order of their times."""
+    folder = _config(config, state).state_path / "logs"
+    show = (lambda line: line) if as_json else pretty
+    for line in newest(folder, name, lines):
+        out.print(show(line), markup=False)
+    if follow:
+        try:
+            for line in follow_files(folder, name):
+                out.print(show(line), markup=False)
+        except KeyboardInterrupt:
+            pass
+
+
+@app.command("version")
+def version_command() -> None:
+    """Print the version."""
+    out.print(VERSION, markup=False)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

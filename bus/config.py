@@ -1,0 +1,139 @@
+"""The one configuration: TOML, then FMZBUS__SECTION__KEY=... of any depth; unknown keys are refused.
+
+Read once, in a `__main__.py`, and passed down. No other module reads the environment for settings. Every key with its default and
+unit is listed in ops/fmzbus.toml.
+"""
+
+import functools
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Span = Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Bridge(Section, frozen=True):
+    """host, port: where hosts POST. deadline_s: a host has its answer by then. max_in_flight: more are answered as busy at once."""
+
+    host: str = "127.0.0.1"
+    port: Port = 6666
+    deadline_s: Annotated[float, Meta(ge=1, le=60)] = 10.0
+    max_in_flight: Annotated[int, Meta(ge=1)] = 1024
+    max_body_kib: Annotated[int, Meta(ge=1, le=8192)] = 256
+    max_connections: Annotated[int, Meta(ge=1)] = 4096
+    idle_s: Span = 75.0
+    expose_without_access_control: bool = False
+
+
+class Nats(Section, frozen=True):
+    """url: of a server or, comma-separated, a cluster, with user and password; "" means the embedded server of this state folder."""
+
+    url: str = ""
+    replicas: Annotated[int, Meta(ge=1, le=5)] = 1
+
+
+class Workers(Section, frozen=True):
+    """exchanges: those this worker serves, [] for all it knows. call_timeout_s: one call to an exchange."""
+
+    exchanges: list[str] = []
+    max_in_flight: Annotated[int, Meta(ge=1)] = 256
+    call_timeout_s: Span = 5.0
+    drain_s: Span = 15.0
+
+
+class Orders(Section, frozen=True):
+    """nonce_identity: whether equal body and nanosecond nonce mean the same order ("auto"), or every request is its own ("off")."""
+
+    nonce_identity: Literal["auto", "off"] = "auto"
+
+
+class Venue(Section, frozen=True):
+    """One exchange under a name of the user's.
+
+    exchange: the venue behind the name, by default the name itself; cls ("module:Class"): a venue of the user's own instead.
+    base_url: scheme and host of its REST API.
+    """
+
+    exchange: str = ""
+    cls: str = field(name="class", default="")
+    base_url: str = ""
+    timeout_s: Span | None = None
+
+
+class Paper(Section, frozen=True):
+    """The paper exchange of the embedded mode. port 0: chosen once and kept. seed: of its market."""
+
+    enabled: bool = True
+    port: Port = 0
+    seed: int = 1
+
+
+class Keys(Section, frozen=True):
+    """path: folder of the sealing keys, by default <state>/keys. A bridge needs the public ones only."""
+
+    path: str = ""
+
+
+class Logs(Section, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    file: str = ""
+    max_mb: Span = 10.0
+    keep: Annotated[int, Meta(ge=0)] = 5
+
+
+class Config(Section, frozen=True):
+    """state: folder of everything that must survive a restart; relative to where the command runs."""
+
+    state: str = "state"
+    bridge: Bridge = Bridge()
+    nats: Nats = Nats()
+    workers: Workers = Workers()
+    orders: Orders = Orders()
+    venues: dict[Name, Venue] = {}
+    routes: dict[str, str] = {}
+    paper: Paper = Paper()
+    keys: Keys = Keys()
+    logs: Logs = Logs()
+    bench: bool = False
+
+    @property
+    def state_path(self) -> Path:
+        return Path(self.state)
+
+    @property
+    def keys_path(self) -> Path:
+        return Path(self.keys.path) if self.keys.path else self.state_path / "keys"
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the text names the file or variable, the key and what was expected."""
+
+
+def load(path: Path | None, environ: Mapping[str, str]) -> Config:
+    """Read TOML, then FMZBUS__BRIDGE__PORT=... Raises ConfigError: "Expected `int` <= 65535 - at `$.bridge.port`"."""
+    try:
+        tree: dict[str, Any] = tomllib.loads(path.read_text()) if path else {}
+        for variable, value in environ.items():
+            if variable.startswith("FMZBUS__"):
+                *sections, key = variable.lower().split("__")[1:]
+                node = functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)
+                node[key] = msgspec.json.decode(value) if value[:1] in "[{" and value else value
+        return msgspec.convert(tree, Config, strict=False)
+    except (OSError, tomllib.TOMLDecodeError, msgspec.MsgspecError, AttributeError, TypeError) as e:
+        raise ConfigError(f"{path or 'environment'}: {e}") from e
+
+
+def environment(**values: object) -> dict[str, str]:
+    """Overrides for a child process: environment(bridge__port=7000) -> {"FMZBUS__BRIDGE__PORT": "7000"}, beside our own."""
+    return os.environ | {f"FMZBUS__{key.upper()}": str(value) for key, value in values.items()}

