@@ -4,7 +4,7 @@ import hmac
 import ipaddress
 from decimal import Decimal
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
@@ -80,7 +80,7 @@ class Paper:
     def _headers(self, call: Call, verb: str, target: str, body: bytes) -> dict[str, str]:
         keys = call.credentials
         # What follows a comma is an extra field, a trade password where an exchange wants one (fmz-protocol C.4); this one does not.
-        secret = keys.secret_key.partition(",")[0]
+        secret = _header(keys.secret_key.partition(",")[0])
         timestamp = str(call.now_ms())
         text = "\n".join((timestamp, "", verb, target, "")).encode() + body
         headers = {
@@ -90,7 +90,7 @@ class Paper:
             "Paper-Sign": hmac.new(secret.encode(), text, "sha256").hexdigest(),
         }
         if self._shows_secret:
-            headers["Paper-Secret"] = _header(secret)
+            headers["Paper-Secret"] = secret
         return headers
 
     async def ticker(self, call: Call, params: Market) -> Ticker:
@@ -218,8 +218,8 @@ def _checked(answer: Answer) -> Answer:
 
 
 def _header(text: str) -> str:
-    """A key as a header may carry it: everything but plain ASCII is escaped, a PEM's newlines included."""
-    return text.encode("unicode_escape").decode()
+    """A key as a header may carry it: what is not printable ASCII is percent-encoded, a PEM's newlines and blanks included."""
+    return quote(text, safe="!#$&'()*+,/:;=?@[]~")
 
 
 def _id(params: OrderRef) -> str:
