@@ -71,9 +71,9 @@ def run(serve: Callable[[Stopping], Awaitable[None]]) -> None:
 
     try:
         sys.exit(uvloop.run(main()))
-    except Exception:
+    except Exception as e:
         log.exception("the process ends")
-        sys.exit(1)
+        sys.exit(f"{type(e).__name__}: {e}")  # to stderr as well: whoever started us may not read the log
 
 
 def notify(**fields: str) -> None:

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from bus import seal, server
-from bus.config import Config, environment
+from bus.config import Config, Venue, environment
 from bus.lifecycle import LISTEN_FD, die_with_parent
 
 READY_S = 20.0
@@ -116,6 +116,8 @@ class Supervisor:
         """Run until stop(). on_ready gets the service address once every part is ready. Raises UpError."""
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._lock(), self._listener() as listener, self._notified() as notices:
+            if not server.is_free(self._admin_port):
+                raise UpError(f"the admin port {self._admin_port} is taken; choose another with --admin-port N, 0 for any")
             if not any(self._config.keys_path.glob("*.secret")):
                 seal.new_keys(self._config.keys_path)
             host, port = listener.getsockname()[:2]
@@ -161,7 +163,7 @@ class Supervisor:
                 own = dict(env)
                 if not own["nats__url"]:
                     own["nats__url"] = server.url(self._state, role)
-                if role == "worker" and paper_url and not self._config.venues.get("paper"):
+                if role == "worker" and paper_url and not self._config.venues.get("paper", Venue()).base_url:
                     own["venues__paper__base_url"] = paper_url
                 arguments = ["-m", module]
                 if role == "bridge" and number == 1:
