@@ -30,7 +30,7 @@ async def serve(config: Config, args: ProcessArgs, stopping: Stopping) -> None:
         bus = await enter(connected(bus_url(config, "bridge"), "bridge", closed=stopping.fail))
         heard = await enter(fleet.followed(bus))
         caller = await enter(calling(bus, metrics))
-        routes = Routes(config.routes, config.venues, lambda: heard.exchanges)
+        routes = Routes(config.routes, config.venues, lambda: heard.exchanges, lambda: heard.settled)
         bridge = Bridge(settings, config.orders, bus=bus, caller=caller, routes=routes, sealer=Sealer(config.keys_path), metrics=metrics)
         metrics.in_flight.set_function(lambda: bridge.in_flight)
         metrics.connected.set_function(lambda: bus.nc.is_connected)

@@ -16,7 +16,7 @@ from bridge.caller import Caller
 from bridge.routes import Routes
 from bus import config
 from bus.connection import Bus
-from bus.errors import BadRequest, BusError, Busy, Internal, OutcomeUnknown, TimedOut
+from bus.errors import BadRequest, BusError, Busy, Internal, NoWorker, OutcomeUnknown, TimedOut
 from bus.messages import Failure, Request, Spans, encode_exact
 from bus.methods import is_write
 from bus.metrics import Metrics
@@ -94,7 +94,8 @@ class Bridge:
             call = fmz.decode(body, request.headers.get("Http-Method", ""))
             method = call.method.name
             route = self._routes.find(request.path)
-            exchange = route.exchange
+            if route.known:
+                exchange = route.exchange
             if self.in_flight > self._settings.max_in_flight:
                 raise Busy(f"{self._settings.max_in_flight} requests are in flight already")
             params = fmz.encode_params(call.params)
@@ -103,7 +104,7 @@ class Bridge:
             key_id, sealed, mac_key = self._sealer.box(call.access_key, call.secret_key)
             left_s = self._settings.deadline_s - (time.perf_counter() - started)
             message = Request(
-                exchange=exchange,
+                exchange=route.exchange,
                 path=route.path,
                 method=method,
                 params=Raw(params),
@@ -115,7 +116,13 @@ class Bridge:
             )
             sent = time.perf_counter()
             try:
-                reply = await self._caller.call(exchange, method, frame(encode_exact(message), mac_key), key=key, timeout_s=left_s - 0.05)
+                reply = await self._caller.call(
+                    route.exchange, method, frame(encode_exact(message), mac_key), key=key, timeout_s=left_s - 0.05
+                )
+            except NoWorker as e:
+                if route.known:
+                    raise
+                raise self._routes.unknown(route.path.partition("/")[0]) from e
             finally:
                 waited = time.perf_counter() - sent
             spans = reply.spans
@@ -146,6 +153,9 @@ class Bridge:
             if request.content.is_eof():  # the usual case: the body came with the head, no timer is needed
                 return await request.read()
             async with asyncio.timeout(self._settings.deadline_s - (time.perf_counter() - started) - MARGIN_S):
+                if request.headers.get("Expect", "").lower() == "100-continue":
+                    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    request.writer.output_size = 0  # the answer itself has not begun
                 return await request.read()
         except web.HTTPRequestEntityTooLarge as e:
             raise BadRequest(f"body: expected at most {self._settings.max_body_kib} KiB") from e

@@ -160,7 +160,7 @@ def _any_symbol(text: str) -> str:
 def _number(text: str) -> Decimal:
     value = decimal(text)
     if not value:
-        return Decimal(0)  # "-0" and "0e999" are no more than that
+        return Decimal(0)  # "-0" and "0e99" are no more than that
     if abs(value.adjusted()) > HIGHEST_EXPONENT:
         raise ValueError("a number of sensible size")
     return value
@@ -256,7 +256,7 @@ def _params(method: Method, given: dict[str, Raw]) -> Struct:
             text = _text(raw) if name == "id" else _text(raw).strip()
             values[field] = read(text)
         except ValueError as e:
-            got = "nothing" if bytes(raw) == b"null" else shown(bytes(raw)[:200].decode(errors="replace"))
+            got = "nothing" if bytes(raw) == b"null" else shown(bytes(raw).decode())
             raise BadRequest(f"{name}: expected {e}, got {got}") from None
     return method.params(**values)
 
@@ -265,7 +265,7 @@ def _api(resource: str, verb: str, params: dict[str, Raw], body: bytes) -> Api:
     """The resource is what follows the prefix, unchanged; unknown keys of the body travel with the query (fmz-protocol B.1)."""
     verb = verb.strip().upper() or "POST"
     if verb not in VERBS:
-        raise BadRequest(f"Http-Method: expected one of {', '.join(VERBS)}, got {shown(verb)}")
+        raise BadRequest(f"verb: expected one of {', '.join(VERBS)}, got {shown(verb)}")
     if not resource or len(resource) > MAX_ID or not resource.isprintable():
         raise BadRequest(f"method: expected {API} and a resource of 1 to {MAX_ID} printable signs, got {shown(resource)}")
     beside = {key: value for key, value in _decode_any(body).items() if key not in _Body.__struct_fields__}

@@ -7,23 +7,38 @@ from urllib.parse import unquote
 from msgspec import Struct
 
 from bus import subjects
-from bus.errors import BadRequest, NoWorker
+from bus.errors import BadRequest, BusError, NoWorker
 
 
 class Route(Struct, frozen=True):
-    """exchange: of the subject. path: the whole path as the host wrote it, the exchange part in lower case; names the futures state."""
+    """exchange: of the subject. path: the whole path as the host wrote it, the exchange part in lower case; names the futures state.
+
+    known: whether a worker or the configuration names the exchange; only then may it become a metric's label.
+    """
 
     exchange: str
     path: str
+    known: bool = True
 
 
 class Routes:
-    """configured: exchanges of [venues]; heard: what workers say they serve. A name is known when either knows it."""
+    """configured: exchanges of [venues]; heard: what workers say they serve. A name is known when either knows it.
 
-    def __init__(self, routes: Mapping[str, str], configured: Iterable[str], heard: Callable[[], set[str]]) -> None:
+    settled: whether all workers had time to be heard. Until then a name that is not known is let through, and the bus tells whether
+    somebody serves it: a bridge that was just started would refuse what it has not heard of yet.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, str],
+        configured: Iterable[str],
+        heard: Callable[[], set[str]],
+        settled: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._routes = {name.lower(): exchange.lower() for name, exchange in routes.items()}
         self._configured = set(configured) | set(self._routes.values())
         self._heard = heard
+        self._settled = settled
 
     def find(self, raw_path: str) -> Route:
         """Raises BadRequest for a name nobody knows, with the nearest; NoWorker while no worker was ever heard."""
@@ -34,12 +49,17 @@ class Routes:
         if session:
             subjects.name(session, "session")
         exchange = self._routes.get(name, name)
+        known = exchange in self._heard() or exchange in self._configured
+        if not known and (self._settled() or not exchange):
+            raise self.unknown(name)
+        return Route(exchange, f"{name or exchange}/{session}" if session else name or exchange, known)
+
+    def unknown(self, name: str) -> BusError:
+        """What to say about a name that nobody serves, the first part of a path."""
         heard = self._heard()
-        if exchange not in heard and exchange not in self._configured:
-            known = heard | self._configured | set(self._routes)
-            if not heard:
-                raise NoWorker("no worker is running yet")
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known - {''})[:20])}"
-            raise BadRequest(f"no exchange named {name!r} here; {hint}" if name else f"the address lacks the name of an exchange; {hint}")
-        return Route(exchange, f"{name or exchange}/{session}" if session else name or exchange)
+        if not heard:
+            return NoWorker("no worker is running yet")
+        names = heard | self._configured | set(self._routes)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(names - {''})[:20])}"
+        return BadRequest(f"no exchange named {name!r} here; {hint}" if name else f"the address lacks the name of an exchange; {hint}")

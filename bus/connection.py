@@ -45,6 +45,11 @@ class _Client(Client):
             writer.transport.abort()
         await super()._attempt_reconnect()
 
+    async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT001, FBT002 - nats-py's own signature
+        if not self.is_connected:  # the last words would be written to a transport that is gone, which raises (measured)
+            self._pending, self._pending_data_size = [], 0
+        await super()._close(status, do_cbs)
+
 
 class _ServerClock(msgspec.Struct):
     class Server(msgspec.Struct):

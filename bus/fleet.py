@@ -101,6 +101,7 @@ class Fleet:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._since = clock()
         self._heard: dict[str, tuple[float, Presence]] = {}
         self.exchanges: set[str] = set()
         """Every exchange that a worker was ever heard to serve: a name keeps its meaning while its workers restart."""
@@ -113,6 +114,11 @@ class Fleet:
                 self._heard.pop(presence.process, None)
             else:
                 self._heard[presence.process] = (self._clock(), presence)
+
+    @property
+    def settled(self) -> bool:
+        """Whether everybody who is alive had time to be heard."""
+        return self._clock() - self._since >= GONE_S
 
     def alive(self) -> list[Presence]:
         """Whoever was heard within 2 s, by role and name."""

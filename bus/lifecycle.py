@@ -29,6 +29,8 @@ class Stopping:
     def __init__(self) -> None:
         self._event = asyncio.Event()
         self.failed = False
+        self.awaited = False
+        """Whether the process has started: it serves, and waits for this."""
 
     def set(self) -> None:
         self._event.set()
@@ -42,6 +44,7 @@ class Stopping:
         return self._event.is_set()
 
     async def wait(self) -> None:
+        self.awaited = True
         await self._event.wait()
 
 
@@ -64,9 +67,20 @@ def run(serve: Callable[[Stopping], Awaitable[None]]) -> None:
     async def main() -> int:
         stopping = Stopping()
         loop = asyncio.get_running_loop()
+        serving = asyncio.ensure_future(serve(stopping))
+
+        def stop() -> None:
+            if not (stopping.awaited or stopping.is_set):  # it has nothing to finish yet, and may wait for a bus that never comes
+                serving.cancel()
+            stopping.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
-        await serve(stopping)
+            loop.add_signal_handler(number, stop)
+        try:
+            await serving
+        except asyncio.CancelledError:
+            if not stopping.is_set:
+                raise
         return 1 if stopping.failed else 0
 
     try:

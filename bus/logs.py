@@ -26,6 +26,13 @@ def redact(line: str) -> str:
     return URL_PASSWORD.sub(r"\1***@", SECRET.sub(r"\1\2***", line))
 
 
+def unquoted(record: logging.LogRecord) -> bool:
+    """A filter: aiohttp's account of malformed HTTP quotes the bytes that came, which may be a key. The event stays, the quote goes."""
+    if record.exc_info and type(record.exc_info[1]).__module__ == "aiohttp.http_exceptions":
+        record.exc_info = None
+    return True
+
+
 class JsonLines(logging.Formatter):
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -57,6 +64,7 @@ def setup(settings: Logs, process: str) -> None:
     else:
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(process))
+    handler.addFilter(unquoted)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("bus", "bridge", "workers", "__main__"):  # the last is the process that was started
         logging.getLogger(package).setLevel(settings.level.upper())

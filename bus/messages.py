@@ -267,11 +267,14 @@ class WithRaw(Struct, frozen=True):
 
 # ---------------------------------------------------------------- numbers
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?", re.ASCII)
 
 
 def decimal(text: str) -> Decimal:
-    """A number a host or an exchange wrote: "0.1", "1e-8", with blanks around. Raises ValueError; NaN and Infinity are refused."""
+    """A number a host or an exchange wrote: "0.1", "1e-8", with blanks around.
+
+    Raises ValueError, also for NaN, Infinity and what no double can hold: that is how hosts read the JSON numbers that we emit.
+    """
     text = text.strip()
     if len(text) > 64 or not _NUMBER.fullmatch(text):
         raise ValueError("not a number")

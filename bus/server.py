@@ -67,13 +67,16 @@ def settings(state: Path) -> Settings:
     folder = state / "nats"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / "settings.json"
-    chosen = msgspec.json.decode(path.read_bytes(), type=Settings) if path.exists() else Settings(0, 0, {})
+    before = path.read_bytes() if path.exists() else b""
+    chosen = msgspec.json.decode(before, type=Settings) if before else Settings(0, 0, {})
     for role in ROLES:
         chosen.passwords.setdefault(role, secrets.token_urlsafe(24))
     chosen.port = chosen.port or free_port()
     while chosen.monitor_port in (0, chosen.port):
         chosen.monitor_port = free_port()
-    _write(path, msgspec.json.encode(chosen))
+    after = msgspec.json.encode(chosen)
+    if after != before:
+        _write(path, after)
     return chosen
 
 
@@ -121,8 +124,11 @@ def write_config(state: Path) -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    """Whole or not at all: another command may read it at the same time."""
+    temporary = path.with_suffix(".new")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
+    temporary.rename(path)
 
 
 def command(state: Path) -> list[str]:

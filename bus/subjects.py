@@ -2,6 +2,7 @@
 
 import functools
 import re
+from hashlib import blake2b
 
 from bus.errors import BadRequest
 
@@ -23,7 +24,10 @@ SERVER_TIME = "$SYS.REQ.USER.INFO"
 MAX_TOKEN = 200
 MAX_NAME = 64
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
-_PRINTABLE = re.compile(r"[^\x00-\x20\x7f]+")
+
+
+def _escape(text: str) -> str:
+    return _UNSAFE.sub(lambda match: b"=%02X" % ord(match[0]), text.encode(errors="replace")).decode()
 
 
 def token(text: str) -> str:
@@ -32,7 +36,7 @@ def token(text: str) -> str:
     Raises BadRequest for empty text and for a result over 200 characters: nats-server closes a connection for good over a subject
     that is too long.
     """
-    escaped = _UNSAFE.sub(lambda match: b"=%02X" % ord(match[0]), text.encode(errors="replace")).decode()
+    escaped = _escape(text)
     if not escaped or len(escaped) > MAX_TOKEN:
         raise BadRequest(f"a name must have 1 to {MAX_TOKEN} signs, escaped; this one has {len(escaped)}")
     return escaped
@@ -40,15 +44,15 @@ def token(text: str) -> str:
 
 def name(text: str, what: str) -> str:
     """An exchange, a symbol or a session as a host may write it: 1 to 64 printable characters without blanks. Raises BadRequest."""
-    if len(text) > MAX_NAME or not _PRINTABLE.fullmatch(text):
+    if not 0 < len(text) <= MAX_NAME or not text.isprintable() or " " in text:
         raise BadRequest(f"{what}: expected 1 to {MAX_NAME} printable signs without blanks, got {shown(text)}")
     return text
 
 
-def shown(value: object) -> str:
-    """A value for an error text: one line, cut at 40 characters."""
-    text = repr(value)
-    return text if len(text) <= 42 else f"{text[:40]}... ({len(text)} long)"
+def shown(text: str) -> str:
+    """A text for an error message: quoted, one line, cut at 40 characters."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 42 else f"{quoted[:40]}... ({len(text)} long)"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -67,5 +71,10 @@ def presence(role: str, process: str) -> str:
 
 
 def session_key(path: str, account: str) -> str:
-    """Where the futures state of one robot lies. path: the whole path, "okx/robot-7"; account: its keyed hash."""
-    return f"{token(path)}.{token(account)}"
+    """Where the futures state of one robot lies. path: the whole path, "okx/robot-7"; account: its keyed hash.
+
+    A path that escaping makes too long goes by its hash: a Chinese name takes nine signs a letter.
+    """
+    escaped = _escape(path)
+    where = escaped if len(escaped) <= MAX_TOKEN else blake2b(path.encode(errors="replace"), digest_size=16).hexdigest()
+    return f"{where}.{token(account)}"

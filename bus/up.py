@@ -111,6 +111,7 @@ class Supervisor:
             for child in self.children:
                 child.signal(signal.SIGKILL)
         self._stopping.set()
+        self._changed.set()  # whoever waits for the children to become ready looks up
 
     async def run(self, on_ready: Callable[[str, list[Child]], None]) -> None:
         """Run until stop(). on_ready gets the service address once every part is ready. Raises UpError."""
@@ -131,6 +132,7 @@ class Supervisor:
                 await self._stopping.wait()
             finally:
                 self._stopping.set()
+                listener.close()  # who connects from here on is refused at once, instead of waiting for nobody
                 await self._stop_all()
                 await asyncio.gather(*watching)
                 (self._state / "up.json").unlink(missing_ok=True)

@@ -66,9 +66,11 @@ class Running:
 
 
 @asynccontextmanager
-async def running(*command: str, env: dict[str, str] | None = None) -> AsyncIterator[Running]:
+async def running(*command: str, env: dict[str, str] | None = None, pass_fds: tuple[int, ...] = ()) -> AsyncIterator[Running]:
     """Start a process whose output we read; stopped at the end, with its children."""
-    process = await asyncio.create_subprocess_exec(*command, env=env or dict(os.environ), stdout=PIPE, stderr=STDOUT, process_group=0)
+    process = await asyncio.create_subprocess_exec(
+        *command, env=env or dict(os.environ), stdout=PIPE, stderr=STDOUT, process_group=0, pass_fds=pass_fds
+    )
     one = Running(process)
     try:
         yield one
@@ -171,3 +173,10 @@ async def get(url: str) -> str:
     """What an admin listener or the bus's monitor answers."""
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         return await response.text()
+
+
+async def shows(url: str, pattern: str, within_s: float = 10) -> None:
+    """Wait until what is read there has a line that matches."""
+    async with asyncio.timeout(within_s):
+        while not re.search(pattern, await get(url), re.M):  # noqa: ASYNC110 - only asking tells
+            await asyncio.sleep(0.02)

@@ -1,11 +1,12 @@
 """The little language in which fmz-vectors.json says what an answer looks like (fmz-protocol, part F)."""
 
+from collections.abc import Callable
 from typing import Any
 
 MS = (10**12, 10**13)
 S = (10**8, 10**11)
 
-SCALARS = {
+SCALARS: dict[str, Callable[[Any], bool]] = {
     "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "string": lambda value: isinstance(value, str),
@@ -33,8 +34,8 @@ def mismatch(value: Any, schema: Any, where: str = "$") -> str:
                 return f"{where}: expected {len(items)} columns, got {value!r}"
             return next((f for i, (v, s) in enumerate(zip(value, items, strict=True)) if (f := mismatch(v, s, f"{where}[{i}]"))), "")
         case {"oneof": schemas}:
-            found = [mismatch(value, one, where) for one in schemas]
-            return "" if "" in found else " or ".join(found)
+            tried = [mismatch(value, one, where) for one in schemas]
+            return "" if "" in tried else " or ".join(tried)
         case dict():
             if not isinstance(value, dict):
                 return f"{where}: expected an object, got {value!r}"

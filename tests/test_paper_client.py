@@ -101,12 +101,13 @@ async def test_a_market_buy_spends_quote_and_a_market_sell_gives_base(host: Host
 
 async def test_refusals_are_the_exchanges_own_and_are_not_silenced(host: Host) -> None:
     trader = host.other("refused", "s")
-    for params, code in (
+    refused: tuple[tuple[dict[str, Any], int], ...] = (
         ({"symbol": "NO_SUCH", "price": "1", "amount": "1"}, 2001),
         ({"symbol": "BTC_USDT", "price": "1000.001", "amount": "1"}, 2003),
         ({"symbol": "BTC_USDT", "price": "1000", "amount": "0.0000015"}, 2004),
         ({"symbol": "BTC_USDT", "price": "50000", "amount": "100"}, 2010),
-    ):
+    )
+    for params, code in refused:
         reply = await trader("paper", "trade", type="buy", **params)
         assert reply["error"].startswith(f"paper {code} "), reply
 
@@ -130,7 +131,7 @@ async def test_the_same_request_with_the_same_nonce_is_one_order(host: Host) -> 
 
 async def test_raw_calls_reach_the_rest_api(host: Host) -> None:
     trader = host.other("raw", "s")
-    order = {"symbol": "BTC_USDT", "side": "buy", "type": "limit", "price": "1000", "amount": "0.1"}
+    order: dict[str, Any] = {"symbol": "BTC_USDT", "side": "buy", "type": "limit", "price": "1000", "amount": "0.1"}
     placed = (await trader("paper", "__api_/api/v1/orders", **order))["data"]
     assert placed["status"] == "open"
     get = {"Http-Method": "get"}

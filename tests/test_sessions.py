@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -38,7 +39,7 @@ async def test_a_change_keeps_the_other_fields_and_the_other_robots(bus: Bus) ->
 async def test_changes_at_once_all_count(bus: Bus) -> None:
     """A strategy's exchange.Go sends SetContractType, SetDirection and SetMarginLevel together, perhaps to three workers."""
     workers = [Sessions(bus) for _ in range(3)]
-    changes = [{"contract": "swap"}, {"direction": "buy"}, {"level": Decimal(5)}]
+    changes: list[dict[str, Any]] = [{"contract": "swap"}, {"direction": "buy"}, {"level": Decimal(5)}]
     await asyncio.gather(*(worker.change("paper", "account", **change) for worker, change in zip(workers, changes, strict=True)))
     assert await workers[0].read("paper", "account") == Session(contract="swap", direction="buy", level=Decimal(5))
 

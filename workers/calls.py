@@ -17,6 +17,7 @@ from bus.messages import (
     Direction,
     Failure,
     MarginLevel,
+    Positions,
     Reply,
     Request,
     Spans,
@@ -28,7 +29,7 @@ from bus.messages import (
 )
 from bus.methods import DECODERS, METHODS, Method, host_name, is_write
 from bus.metrics import Metrics
-from bus.seal import Opened, Opener
+from bus.seal import Credentials, Opened, Opener
 from bus.sessions import Session, Sessions
 from workers.http import Call, Http
 from workers.venues import Contracts, Venue
@@ -68,7 +69,7 @@ class Calls:
                 raise call.failed(f"no answer from {call.exchange} in time", TimedOut) from e
             reply = _success(result)
         except BusError as e:
-            reply = Failure.of(e)
+            reply = Failure(code=e.code, message=_redacted(str(e), call))
         except Exception:
             log.exception("unhandled error", extra={"fields": _about(request)})  # the traceback stays here, the host gets one line
             reply = Failure.of(_internal(call))
@@ -107,6 +108,8 @@ class Calls:
         symbol = getattr(params, "symbol", "")
         if venue.contracts:
             params = await self._in_session(method, call, params)
+        elif isinstance(params, Trade) and params.side not in ("buy", "sell"):
+            raise BadRequest(f"type: expected buy or sell, got {params.side}: {call.exchange} trades no contracts")
         try:
             result = await function(call, params)
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
@@ -133,8 +136,8 @@ class Calls:
     async def _in_session(self, method: Method, call: Call, params: Struct) -> Struct:
         """Read the session once and apply it: the contract behind a bare symbol, the direction behind a plain buy or sell."""
         symbol = getattr(params, "symbol", "")
-        if method.name != "trade" and (not symbol or "." in symbol):
-            return params  # an explicit contract wins over the state, and nothing else of it matters here
+        if isinstance(params, Positions) or (method.name != "trade" and (not symbol or "." in symbol)):
+            return params  # an explicit contract wins over the state, positions are asked for by contract, nothing else of it matters here
         try:
             call.session = await self._sessions.read(call.path, call.account)
         except BusDown:
@@ -196,6 +199,14 @@ def _success(result: Any) -> Success:
     if isinstance(result, WithRaw):
         return Success(data=Raw(encode(result.data)), raw=Raw(encode(result.raw)))
     return Success(data=result if isinstance(result, Raw) else Raw(encode(result)))
+
+
+def _redacted(text: str, call: Call | None) -> str:
+    """The text without the keys of the request: some exchanges quote what they refuse. A key under 8 signs is a word, not a secret."""
+    keys = call.credentials if call else Credentials("", "")
+    for key in (keys.secret_key, *keys.secret_key.split(","), keys.access_key):
+        text = text.replace(key, "***") if len(key) >= 8 else text
+    return text
 
 
 def _internal(call: Call | None) -> BusError:

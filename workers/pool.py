@@ -7,6 +7,7 @@ which starts one of a bounded set of tasks, and that replies by itself.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -67,13 +68,13 @@ class Pool:
         if not reply_to:
             return
         if len(reply) > self._bus.nc.max_payload:
-            reply = encode(Failure.of(Internal(f"the answer has {len(reply)} bytes, the bus carries {self._bus.nc.max_payload}")))
+            told = f"the exchange executed the call, but its answer has {len(reply)} bytes and the bus carries {self._bus.nc.max_payload}"
+            reply = encode(Failure.of(Internal(told)))
         try:
             await self._bus.nc.publish(reply_to, reply)
         except nats.errors.Error as e:
-            log.warning(
-                "reply lost", extra={"fields": {"error": repr(e)}}
-            )  # the caller's own deadline tells it that the outcome is unknown
+            # The caller's own deadline tells it that the outcome is unknown.
+            log.warning("reply lost", extra={"fields": {"error": repr(e)}})
 
     async def finished(self) -> None:
         while self._tasks:
@@ -103,10 +104,12 @@ async def serving(bus: Bus, exchanges: Iterable[str], answer: Answer, *, max_in_
                 await pool.finished()
         finally:
             bus.leaving = True
-            await broker.stop()
+            with contextlib.suppress(nats.errors.Error):  # without a bus there is nobody to take leave of
+                await broker.stop()
 
 
 async def _stop_taking(subscriber: Any) -> None:
     # broker.stop() alone unsubscribes and throws away what had arrived (measured: 5 of 40 lost).
     subscription, subscriber.subscription = subscriber.subscription, None
-    await subscription.drain()
+    with contextlib.suppress(nats.errors.Error):  # no answer from the bus: what is in flight is finished all the same
+        await subscription.drain()

@@ -8,19 +8,18 @@ fmz-protocol calls that program's behaviour a fault: trades carry their time, li
 from decimal import Decimal
 from hashlib import md5
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from bus import config
 from bus import messages as m
 from bus.errors import BadRequest, VenueRejected
 from bus.messages import number, plain
-from workers.http import Answer, Call
+from workers.http import Call
 from workers.venues import PUBLIC
 
 BASE_URL = "https://www.bitgo.cn"
 SYMBOLS = {"btc": "1", "ltc": "2", "etp": "3", "eth": "4", "etc": "5", "doge": "6", "bec": "7"}
 STATUS = {1: "open", 2: "open", 3: "closed", 4: "cancelled"}
-MILLISECONDS = 10**11  # a time above it cannot be seconds
 
 
 def instrument(symbol: str) -> str:
@@ -30,13 +29,18 @@ def instrument(symbol: str) -> str:
 
 def signed(params: dict[str, str], access_key: str, secret_key: str, action: str) -> dict[str, str]:
     """The parameters of a private call. Keys lose a leading "!", a quirk of the sample's sorter."""
-    fields = {key.replace("!", "") if key.startswith("!") else key: value for key, value in params.items()} | {"api_key": access_key}
+    fields = {key.removeprefix("!"): value for key, value in params.items()} | {"api_key": access_key}
     text = "&".join(f"{key}={fields[key]}" for key in sorted(fields)) + f"&secret_key={secret_key}"
     return fields | {"sign": md5(text.encode()).hexdigest().upper(), "action": action}  # noqa: S324 - the exchange's own choice
 
 
 def whole(value: object) -> int:
     return int(number(value))
+
+
+def in_ms(value: object) -> int:
+    """A time that the exchange tells in seconds, in some places in ms."""
+    return time if (time := whole(value)) > 10**11 else time * 1000
 
 
 class Bitgo:
@@ -47,23 +51,20 @@ class Bitgo:
     def __init__(self, name: str, settings: config.Venue) -> None:
         self._url = f"{(settings.base_url or BASE_URL).rstrip('/')}/appApi.html"
 
-    async def _post(self, call: Call, params: dict[str, str]) -> Answer:
-        query = "&".join(f"{quote(key, safe='')}={quote(params[key], safe='')}" for key in sorted(params))
-        return await call.send("POST", f"{self._url}?{query}", headers={"Content-Type": "application/x-www-form-urlencoded"})
+    async def _post(self, call: Call, params: dict[str, str]) -> Any:
+        url = f"{self._url}?{urlencode(sorted(params.items()), quote_via=quote, safe='')}"
+        return (await call.send("POST", url, headers={"Content-Type": "application/x-www-form-urlencoded"})).json()
 
-    async def _public(self, call: Call, expected: type, **params: str) -> tuple[Any, int]:
-        """-> (data, time in ms, now where the exchange gave none)."""
-        reply = (await self._post(call, params)).json()
-        data = reply.get("data") if isinstance(reply, dict) else None
-        if expected is list and data is None:
-            data = []
-        if not isinstance(data, expected):
+    async def _public(self, call: Call, *, otherwise: Any = None, **params: str) -> tuple[Any, int]:
+        """-> (data, otherwise what stands for none of it; time in ms, now where the exchange gave none)."""
+        reply = await self._post(call, params)
+        data = (reply.get("data") if isinstance(reply, dict) else None) or otherwise
+        if data is None:
             raise call.unclear("without data")
         return data, whole(reply.get("time")) or call.now_ms()
 
     async def _private(self, call: Call, action: str, params: dict[str, str]) -> dict[str, Any]:
-        keys = call.credentials
-        reply = (await self._post(call, signed(params, keys.access_key, keys.secret_key, action))).json()
+        reply = await self._post(call, signed(params, call.credentials.access_key, call.credentials.secret_key, action))
         if not isinstance(reply, dict) or "code" not in reply:
             raise call.unclear("without a code")
         if whole(reply["code"]) != 200:
@@ -71,43 +72,32 @@ class Bitgo:
         return reply
 
     async def ticker(self, call: Call, params: m.Market) -> m.Ticker:
-        data, time_ms = await self._public(call, dict, action="market", symbol=instrument(params.symbol))
+        data, time_ms = await self._public(call, action="market", symbol=instrument(params.symbol))
         buy, sell, last, high, low, vol = (number(data.get(key)) for key in ("buy", "sell", "last", "high", "low", "vol"))
         return m.Ticker(time_ms=time_ms, buy=buy, sell=sell, last=last, high=high, low=low, vol=vol)
 
     async def depth(self, call: Call, params: m.Market) -> m.Depth:
-        data, time_ms = await self._public(call, dict, action="depth", symbol=instrument(params.symbol))
-
-        def side(name: str) -> list[m.Level]:
-            return sorted(((number(row[0]), number(row[1])) for row in data.get(name) or []), reverse=name == "bids")
-
-        return m.Depth(time_ms=time_ms, asks=side("asks"), bids=side("bids"))
+        data, time_ms = await self._public(call, action="depth", symbol=instrument(params.symbol))
+        asks, bids = ([(number(row[0]), number(row[1])) for row in data.get(side) or []] for side in ("asks", "bids"))
+        return m.Depth(time_ms=time_ms, asks=sorted(asks), bids=sorted(bids, reverse=True))
 
     async def trades(self, call: Call, params: m.Market) -> list[m.TradeRow]:
-        data, now_ms = await self._public(call, list, action="trades", symbol=instrument(params.symbol))
-
-        def trade(row: dict[str, Any]) -> m.TradeRow:
-            time = whole(row.get("time"))
-            time_ms = (time if time > MILLISECONDS else time * 1000) or now_ms
-            return m.TradeRow(
+        data, now_ms = await self._public(call, otherwise=[], action="trades", symbol=instrument(params.symbol))
+        return [
+            m.TradeRow(
                 id=whole(row.get("id")),
-                time_ms=time_ms,
+                time_ms=in_ms(row.get("time")) or now_ms,
                 price=number(row.get("price")),
                 amount=number(row.get("amount")),
                 type="buy" if row.get("en_type") == "bid" else "sell",
             )
-
-        return sorted(map(trade, data), key=lambda row: row.time_ms)
+            for row in sorted(data, key=lambda row: in_ms(row.get("time")))
+        ]
 
     async def records(self, call: Call, params: m.Records) -> list[m.Candle]:
-        data, _ = await self._public(call, list, action="kline", symbol=instrument(params.symbol), step=str(params.period_m * 60))
-
-        def candle(row: list[Any]) -> m.Candle:
-            time = whole(row[0])
-            return m.Candle(time // 1000 if time > MILLISECONDS else time, *(number(value) for value in row[1:6]))
-
-        candles = {candle.time_s: candle for candle in map(candle, data)}
-        return [candles[time] for time in sorted(candles)][-(params.limit or 0) :]
+        data, _ = await self._public(call, otherwise=[], action="kline", symbol=instrument(params.symbol), step=str(params.period_m * 60))
+        rows = {in_ms(row[0]) // 1000: row[1:6] for row in data}
+        return [m.Candle(time_s, *map(number, rows[time_s])) for time_s in sorted(rows)][-(params.limit or 0) :]
 
     async def accounts(self, call: Call, _params: m.Empty) -> list[m.Balance]:
         data = (await self._private(call, "userinfo", {})).get("data") or {}
@@ -127,9 +117,8 @@ class Bitgo:
         return [order(row | {"status": 1}) for row in data]
 
     async def order(self, call: Call, params: m.OrderRef) -> m.Order:
-        order_id = id_of(params)
-        data = (await self._private(call, "order", {"id": str(order_id)})).get("data") or []
-        found = [order(row) for row in data if whole(row["id"]) == order_id]
+        data = (await self._private(call, "order", {"id": str(id_of(params))})).get("data") or []
+        found = [order(row) for row in data if whole(row["id"]) == id_of(params)]
         if not found:
             raise VenueRejected("order not found")
         return found[0]

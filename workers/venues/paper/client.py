@@ -38,6 +38,8 @@ from workers.venues import PUBLIC
 V1 = "/api/v1"
 ORDER_NOT_FOUND = 2011
 MAX_CANDLES = 1000
+IN_A_TARGET = "!$%&'()*+,-./:;=?@_~"
+"""What may stand in a request line as it is (RFC 3986); a percent sign is the host's own encoding."""
 POSITION_TYPES = {"long": 0, "short": 1}
 
 
@@ -190,7 +192,7 @@ class Paper:
         resource = params.resource.removeprefix(self._base)
         if "://" in resource:
             raise BadRequest("method: a raw call reaches the paper exchange only")
-        path = "/" + resource.lstrip("/")
+        path = "/" + quote(resource.lstrip("/"), safe=IN_A_TARGET)
         if params.verb in ("GET", "DELETE"):
             return await self._signed(call, params.verb, path, params.query)
         return await self._signed(call, params.verb, path, body=params.query)

@@ -1,0 +1,73 @@
+"""The bare references: the least that Python can do between the same hosts and the same NATS.
+
+`forward` is an aiohttp handler that hands a body to nats-py's request() and answers what came back; `respond` is a nats-py callback
+that answers constant bytes. No decoding, no credentials, no deadlines, no metrics: what our bridge and worker are measured against.
+"""
+
+import argparse
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import nats
+import uvloop
+from aiohttp import web
+from nats.aio.msg import Msg
+
+from bus import server
+
+SUBJECT = "rpc.reference.ticker"
+QUEUE = "reference"
+TIMEOUT_S = 10.0
+
+
+@asynccontextmanager
+async def forwarding(url: str) -> AsyncIterator[str]:
+    nc = await nats.connect(url)
+
+    async def handle(request: web.BaseRequest) -> web.Response:
+        reply = await nc.request(SUBJECT, await request.read(), timeout=TIMEOUT_S)
+        return web.Response(body=reply.data, content_type="application/json")
+
+    listener = await asyncio.get_running_loop().create_server(web.Server(handle, access_log=None), "127.0.0.1", 0, backlog=1024)
+    yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    listener.close()
+    await nc.close()
+
+
+@asynccontextmanager
+async def responding(url: str, reply: bytes) -> AsyncIterator[str]:
+    nc = await nats.connect(url)
+
+    async def answer(message: Msg) -> None:
+        await message.respond(reply)
+
+    await nc.subscribe(SUBJECT, queue=QUEUE, cb=answer)
+    await nc.flush()
+    yield SUBJECT
+    await nc.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.reference", description=__doc__)
+    parser.add_argument("part", choices=("forward", "respond"))
+    parser.add_argument("--state", type=Path, required=True, help="state folder of the `fmzbus up` whose NATS server to use")
+    parser.add_argument("--reply", default="", help="what `respond` answers")
+    args = parser.parse_args()
+    url = server.url(args.state, "operator")
+
+    async def run() -> None:
+        stopping = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+        part = forwarding(url) if args.part == "forward" else responding(url, args.reply.encode())
+        async with part as where:
+            print(f"ready {where}", flush=True)
+            await stopping.wait()
+
+    uvloop.run(run())
+
+
+if __name__ == "__main__":
+    main()
