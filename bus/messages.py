@@ -300,3 +300,8 @@ def plain(value: Decimal) -> str:
     """A Decimal as exchanges read it: no exponent, no trailing zeros, "1E-8" -> "0.00000001"."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def host_id(value: int) -> int | str:
+    """An id as it may leave: above 2^53 a host would lose digits of a number, so it leaves as a string (fmz-protocol C.3)."""
+    return value if abs(value) <= 2**53 else str(value)

@@ -83,7 +83,9 @@ def new_keys(folder: Path) -> str:
     account_key = folder / "account.key"
     if not account_key.exists():
         _write(account_key, secrets.token_bytes(32))
-    key_id = f"{time.time_ns() // 1_000_000:013d}-{secrets.token_hex(4)}"
+    newest = max((path.stem for path in folder.glob("*.secret")), default="0-")
+    made_ms = max(time.time_ns() // 1_000_000, int(newest.partition("-")[0]) + 1)  # a clock set back must not make the new key an old one
+    key_id = f"{made_ms:013d}-{secrets.token_hex(4)}"
     pair = PrivateKey.generate()
     _write(folder / f"{key_id}.secret", bytes(pair))  # first the secret: a bridge must not seal to what no worker can open
     _write(folder / f"{key_id}.public", bytes(pair.public_key), mode=0o644)

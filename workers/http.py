@@ -115,7 +115,8 @@ class Call:
 
     def failed(self, text: str, otherwise: type[BusError]) -> BusError:
         if self.write and self.sent:
-            return OutcomeUnknown(f"{text}; the order may be alive, look before you repeat it; client order id {self.client_order_id}")
+            named = f"; client order id {self.client_order_id}" if self.client_order_id else ""
+            return OutcomeUnknown(f"{text}; the order may be alive, look before you repeat it{named}")
         return otherwise(text)
 
 

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 from bus import config
 from bus import messages as m
 from bus.errors import BadRequest, VenueRejected
-from bus.messages import number, plain
+from bus.messages import host_id, number, plain
 from workers.http import Call
 from workers.venues import PUBLIC
 
@@ -85,7 +85,7 @@ class Bitgo:
         data, now_ms = await self._public(call, otherwise=[], action="trades", symbol=instrument(params.symbol))
         return [
             m.TradeRow(
-                id=whole(row.get("id")),
+                id=host_id(whole(row.get("id"))),
                 time_ms=in_ms(row.get("time")) or now_ms,
                 price=number(row.get("price")),
                 amount=number(row.get("amount")),
@@ -107,10 +107,9 @@ class Bitgo:
     async def trade(self, call: Call, params: m.Trade) -> m.Placed:
         fields = {"symbol": instrument(params.symbol), "price": plain(params.price), "amount": plain(params.amount)}
         reply = await self._private(call, "trade", fields | {"type": "0" if params.side == "buy" else "1"})
-        order_id = whole(reply.get("orderId"))
-        if not order_id:
+        if not (order_id := whole(reply.get("orderId"))):
             raise call.unclear("without an order id")
-        return m.Placed(order_id)
+        return m.Placed(host_id(order_id))
 
     async def orders(self, call: Call, params: m.OrderList) -> list[m.Order]:
         data = (await self._private(call, "entrust", {"symbol": instrument(params.symbol)})).get("data") or []
@@ -128,12 +127,13 @@ class Bitgo:
         return True
 
     async def api(self, call: Call, params: m.Api) -> Any:
+        call.write = True  # whatever verb the host named: here everything is a POST
         return await self._private(call, params.resource, params.query)
 
 
 def order(row: dict[str, Any]) -> m.Order:
     return m.Order(
-        id=whole(row["id"]),
+        id=host_id(whole(row["id"])),
         amount=number(row.get("count")),
         price=number(row["prize"] if "prize" in row else row.get("price")),
         status=STATUS[whole(row.get("status"))],  # type: ignore[arg-type]
