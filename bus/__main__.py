@@ -68,9 +68,11 @@ def up_command(
     bridges: Annotated[int, typer.Option(min=1, max=64, help="Bridge processes; they share the port.")] = 1,
     workers: Annotated[int, typer.Option(min=1, max=256, help="Worker processes.")] = 2,
     bench: Annotated[bool, typer.Option("--bench", help="Also serve /null, an exchange without I/O.")] = False,
+    expose: Annotated[bool, typer.Option("--expose-without-access-control", help="Allow a [bridge] host beyond this machine.")] = False,
 ) -> None:
     """Run the whole system on this machine: nats-server, paper exchange, workers, bridges. Ctrl-C drains and stops it."""
-    settings = _config(config, state, bridge__port=port, bench="true" if bench else None)
+    flags = {"bench": "true" if bench else None, "bridge__expose_without_access_control": "true" if expose else None}
+    settings = _config(config, state, bridge__port=port, **flags)
     if reason := exposure(settings.bridge):
         raise _fail(reason)
     started = time.monotonic()

@@ -35,11 +35,15 @@ def process_args(role: str) -> tuple[Config, ProcessArgs]:
     parser = argparse.ArgumentParser(prog=f"fmzbus {role}", description=f"Run one {role} against the bus that [nats] url names.")
     parser.add_argument("--config", help="TOML file; default fmzbus.toml where there is one")
     parser.add_argument("--admin-port", type=int, default=0, help="port of /healthz, /readyz and /metrics; 0 takes a free one")
+    if role == "bridge":
+        parser.add_argument("--expose-without-access-control", action="store_true", help="allow a [bridge] host beyond this machine")
     if role == "worker":
         parser.add_argument("--exchanges", help="comma-separated names to serve; default all it knows")
     args = parser.parse_args()
     if getattr(args, "exchanges", None):
         os.environ["FMZBUS__WORKERS__EXCHANGES"] = '["' + '","'.join(args.exchanges.lower().split(",")) + '"]'
+    if getattr(args, "expose_without_access_control", False):
+        os.environ["FMZBUS__BRIDGE__EXPOSE_WITHOUT_ACCESS_CONTROL"] = "true"
     return read_config(args.config), ProcessArgs(args.admin_port)
 
 
@@ -58,5 +62,5 @@ def exposure(bridge: Bridge) -> str:
         return ""
     return (
         f"[bridge] host = {bridge.host!r} would listen beyond this machine, and both keys of a host travel in clear text: "
-        "set expose_without_access_control = true beside it to allow that"
+        "set expose_without_access_control = true beside it, or give --expose-without-access-control, to allow that"
     )

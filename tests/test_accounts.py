@@ -11,6 +11,8 @@ import pytest_asyncio
 from tests import servers
 from tests.host import Host, hosting
 
+pytestmark = pytest.mark.slow
+
 LEVERAGE, DIRECTION, CONTRACT, POSITIONS = 0, 1, 2, 3
 TRUE = {"data": True}
 NO_ORDER = "paper 2011 no order with this id"

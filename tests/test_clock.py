@@ -24,6 +24,8 @@ from tests.host import hosting
 from tests.servers import eventually
 from workers.venues.null import TICKER
 
+pytestmark = pytest.mark.slow
+
 SHIFT = """
 import os, time
 

@@ -15,6 +15,8 @@ from bus import call
 from tests import servers
 from tests.servers import COMMAND, System
 
+pytestmark = pytest.mark.slow
+
 
 async def fmzbus(system: System, *arguments: str, **env: str) -> tuple[int, str, str]:
     """Run it -> (exit status, standard output, standard error)."""

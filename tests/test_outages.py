@@ -20,6 +20,8 @@ from tests.host import Host, hosting
 from tests.load import Asked, loaded, order, ticker
 from tests.servers import COMMAND, eventually, grows, pids_of
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 6
 """Instead of the default of 10 s: the same promise, tested sooner."""
 SLACK_S = 1.5

@@ -27,6 +27,8 @@ from tests.exchanges import DROPPED, SILENT, Answer, Bitgo, Exchange, json
 from tests.host import Host, hosting
 from tests.servers import eventually
 
+pytestmark = pytest.mark.slow
+
 ACCESS, SECRET, PASSWORD = "AKdistinctiveAccess4711", "SKdistinctiveSecret0815", "trade-passphrase-1234"
 PEM = "-----BEGIN PRIVATE KEY-----\nMIIEdistinctivePemLine\nAgEAotherPemLine\n-----END PRIVATE KEY-----\n"
 

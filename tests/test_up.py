@@ -17,6 +17,8 @@ from tests import servers
 from tests.host import hosting
 from tests.servers import COMMAND, eventually
 
+pytestmark = pytest.mark.slow
+
 WITH_LISTENER = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -218,3 +220,11 @@ async def test_a_socket_meant_for_another_process_is_left_alone(state: Path) -> 
         address = (await bridge.said(r'"event":"ready","address":"([^"]+)"'))[1]
         async with hosting(address) as host:
             assert await host("null", "ticker", symbol="BTC_USDT") == {"error": "network: no worker is running yet"}
+
+
+async def test_the_flag_allows_another_host(state: Path) -> None:
+    options = ("--expose-without-access-control", "--workers", "1")
+    async with servers.system(state, *options, bridge__host="0.0.0.0") as system:  # noqa: S104
+        assert system.address.startswith("http://0.0.0.0:")
+        async with hosting(system.address.replace("0.0.0.0", "127.0.0.1")) as host:  # noqa: S104
+            assert "data" in await host("paper", "ticker", symbol="BTC_USDT")
