@@ -12,16 +12,16 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from bus import call as calls
-from bus import fleet, seal, up
+from bus import doctor, fleet, paper, sdk, seal, traffic, up
 from bus.config import Config
-from bus.connection import Bus, connected, without_password
+from bus.connection import Bus, without_password
 from bus.logs import follow_files, newest, pretty
 from bus.sessions import Session, Sessions
-from bus.start import VERSION, bus_url, exposure, read_config
+from bus.start import VERSION, bus_url, exposure
+from bus.terminal import ConfigFile, StateDir, configured, err, failed, on_the_bus, out, service_address, table
 
 T = TypeVar("T")
 
@@ -35,28 +35,10 @@ sessions_app = typer.Typer(
     help="Futures state per robot: contract, direction, leverage.", invoke_without_command=True, rich_markup_mode=None
 )
 keys_app = typer.Typer(help="The keys that seal credentials between bridge and workers.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(sessions_app, name="sessions")
-app.add_typer(keys_app, name="keys")
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file; default fmzbus.toml where there is one.")]
-StateDir = Annotated[str | None, typer.Option("--state", help="Folder of everything that survives a restart; default ./state.")]
-
+for name, commands in (("sessions", sessions_app), ("keys", keys_app), ("paper", paper.app), (None, sdk.app)):
+    app.add_typer(commands, name=name)
 DEMO = ("demo", "demo-secret")
 """Keys for the paper exchange, where any key opens an account with play money."""
-
-
-def _config(path: str | None, state: str | None, **overrides: object) -> Config:
-    for key, value in {"state": state, **overrides}.items():
-        if value is not None:
-            os.environ[f"FMZBUS__{key.upper()}"] = str(value)
-    return read_config(path)
-
-
-def _fail(text: str) -> typer.Exit:
-    err.print(f"fmzbus: {text}", markup=False)
-    return typer.Exit(1)
 
 
 @app.command("up")
@@ -72,21 +54,19 @@ def up_command(
 ) -> None:
     """Run the whole system on this machine: nats-server, paper exchange, workers, bridges. Ctrl-C drains and stops it."""
     flags = {"bench": "true" if bench else None, "bridge__expose_without_access_control": "true" if expose else None}
-    settings = _config(config, state, bridge__port=port, **flags)
+    settings = configured(config, state, bridge__port=port, **flags)
     if reason := exposure(settings.bridge):
-        raise _fail(reason)
+        raise failed(reason)
     started = time.monotonic()
 
     def on_ready(address: str, children: list[up.Child]) -> None:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("what", "pid", "where", "admin"):
-            table.add_column(title)
+        rows = table("what", "pid", "where", "admin")
         for child in children:
-            table.add_row(child.name, str(child.pid), child.status, child.admin)
-        out.print(table)
+            rows.add_row(child.name, str(child.pid), child.status, child.admin)
+        out.print(rows)
         for line in _welcome(address, settings):
-            out.print(line, markup=False)
-        out.print(f"ready {address}/paper  (in {time.monotonic() - started:.1f} s)", markup=False)
+            out.print(line)
+        out.print(f"ready {address}/paper  (in {time.monotonic() - started:.1f} s)")
         sys.stdout.flush()
 
     async def run() -> None:
@@ -96,7 +76,7 @@ def up_command(
             bridges=bridges,
             workers=workers,
             admin_port=admin_port,
-            say=lambda line: err.print(line, markup=False),
+            say=lambda line: err.print(line),
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
@@ -105,7 +85,7 @@ def up_command(
     try:
         asyncio.run(run())
     except up.UpError as e:
-        raise _fail(str(e)) from None
+        raise failed(str(e)) from None
 
 
 def _welcome(address: str, settings: Config) -> list[str]:
@@ -153,29 +133,24 @@ def call_command(
 
     fmzbus call paper trade symbol=BTC_USDT type=buy price=-1 amount=100
     """
-    settings = _config(config, state)
-    address = url or _address(settings)
+    settings = configured(config, state)
+    address = url or service_address(settings)
     access_key, secret_key = _keys(exchange)
     try:
         request = calls.body(method, arguments or [], access_key, secret_key)
         replied = calls.post(address, exchange, request, verb=verb, repeat=repeat, trace=trace)
     except ValueError as e:
-        raise _fail(str(e)) from None
+        raise failed(str(e)) from None
     except (OSError, http.client.HTTPException) as e:
-        raise _fail(f"no answer from {address}: {e}; is `fmzbus up` running?") from None
-    out.print(replied.body.decode(errors="replace"), markup=False)
+        raise failed(f"no answer from {address}: {e}; is `fmzbus up` running?") from None
+    out.print(replied.body.decode(errors="replace"))
     for name, value in replied.hops.items():
-        err.print(f"{name}: {value}", markup=False)
+        err.print(f"{name}: {value}")
     if repeat > 1:
         numbers = ", ".join(f"p{percent} {replied.percentile_ms(percent):.2f} ms" for percent in (50, 90, 99))
-        err.print(f"{repeat} calls: {numbers}", markup=False)
+        err.print(f"{repeat} calls: {numbers}")
     if replied.failed:
         raise typer.Exit(1)
-
-
-def _address(settings: Config) -> str:
-    found = up.running(settings.state_path)
-    return found.address if found else f"http://{settings.bridge.host}:{settings.bridge.port}"
 
 
 def _keys(exchange: str) -> tuple[str, str]:
@@ -185,7 +160,7 @@ def _keys(exchange: str) -> tuple[str, str]:
     if exchange.partition("/")[0].lower() in ("paper", "null"):
         return DEMO
     if not sys.stdin.isatty():
-        raise _fail("no keys: set FMZBUS_ACCESS_KEY and FMZBUS_SECRET_KEY")
+        raise failed("no keys: set FMZBUS_ACCESS_KEY and FMZBUS_SECRET_KEY")
     return typer.prompt("access key", err=True), typer.prompt("secret key", hide_input=True, err=True)
 
 
@@ -194,7 +169,7 @@ def status_command(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, config: ConfigFile = None, state: StateDir = None
 ) -> None:
     """Who is alive, what it serves, where its admin listener is."""
-    settings = _config(config, state)
+    settings = configured(config, state)
 
     async def look(bus: Bus) -> list[fleet.Presence]:
         async with fleet.followed(bus) as heard:
@@ -204,55 +179,41 @@ def status_command(
     alive = _on_the_bus(settings, look)
     where = without_password(bus_url(settings, "operator"))
     if as_json:
-        out.print(msgspec.json.encode({"bus": where, "alive": alive}).decode(), markup=False)
+        out.print(msgspec.json.encode({"bus": where, "alive": alive}).decode())
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("process", "ready", "up", "host", "pid", "serves", "admin", "version"):
-        table.add_column(title)
+    rows = table("process", "ready", "up", "host", "pid", "serves", "admin", "version")
     for one in alive:
         serves = one.address or ", ".join(one.serves)
-        table.add_row(
-            one.process, "yes" if one.ready else "NO", f"{one.up_s:.0f} s", one.host, str(one.pid), serves, one.admin, one.version
-        )
-    out.print(f"bus {where}", markup=False)
-    out.print(table)
+        rows.add_row(one.process, "yes" if one.ready else "NO", f"{one.up_s:.0f} s", one.host, str(one.pid), serves, one.admin, one.version)
+    out.print(f"bus {where}")
+    out.print(rows)
     roles = {one.role for one in alive}
     for role in ("bridge", "worker"):
         if role not in roles:
-            err.print(f"no {role} is alive", markup=False)
+            err.print(f"no {role} is alive")
 
 
 def _on_the_bus(settings: Config, look: Callable[[Bus], Coroutine[Any, Any, T]]) -> T:
-    """Connect as an operator, look, leave. Says so within 3 s when there is no bus."""
-    url = bus_url(settings, "operator")
-
-    async def run() -> T:
-        async with asyncio.timeout(3) as limit, connected(url, "operator", closed=lambda: None) as bus:
-            limit.reschedule(asyncio.get_running_loop().time() + 30)
-            return await look(bus)
-
     try:
-        return asyncio.run(run())
+        return on_the_bus(settings, look)
     except TimeoutError:
-        raise _fail("no bus answers; is `fmzbus up` running on this state folder, or [nats] url right?") from None
+        raise failed("no bus answers; is `fmzbus up` running on this state folder, or [nats] url right?") from None
 
 
 @sessions_app.callback()
 def sessions_command(context: typer.Context, config: ConfigFile = None, state: StateDir = None) -> None:
     """List the futures state of every robot: path and account hash, contract, direction, leverage."""
-    context.obj = _config(config, state)
+    context.obj = configured(config, state)
     if context.invoked_subcommand is not None:
         return
 
     async def look(bus: Bus) -> dict[str, Session]:
         return await Sessions(bus, context.obj.nats.replicas).all()
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("key", "contract", "direction", "leverage"):
-        table.add_column(title)
+    rows = table("key", "contract", "direction", "leverage")
     for key, session in _on_the_bus(context.obj, look).items():
-        table.add_row(key, session.contract or "-", session.direction or "-", str(session.level or "-"))
-    out.print(table)
+        rows.add_row(key, session.contract or "-", session.direction or "-", str(session.level or "-"))
+    out.print(rows)
 
 
 @sessions_app.command("clear")
@@ -274,26 +235,26 @@ def sessions_clear(
 
     cleared = _on_the_bus(context.obj, clear)
     if key and not cleared:
-        raise _fail(f"no session named {key}; `fmzbus sessions` lists them")
-    out.print(f"forgot {len(cleared)}", markup=False)
+        raise failed(f"no session named {key}; `fmzbus sessions` lists them")
+    out.print(f"forgot {len(cleared)}")
 
 
 @keys_app.command("new")
 def keys_new(config: ConfigFile = None, state: StateDir = None) -> None:
     """Make the first sealing key (`fmzbus up` does it by itself). Copy the folder to workers, the .public file alone to bridges."""
-    folder = _config(config, state).keys_path
+    folder = configured(config, state).keys_path
     if any(folder.glob("*.public")):
-        raise _fail(f"{folder} has keys already; `fmzbus keys rotate` replaces them")
-    out.print(f"{seal.new_keys(folder)} in {folder}", markup=False)
+        raise failed(f"{folder} has keys already; `fmzbus keys rotate` replaces them")
+    out.print(f"{seal.new_keys(folder)} in {folder}")
 
 
 @keys_app.command("rotate")
 def keys_rotate(config: ConfigFile = None, state: StateDir = None) -> None:
     """Make a new sealing key; the one before is still accepted, older ones go. Running processes notice by themselves."""
-    folder = _config(config, state).keys_path
+    folder = configured(config, state).keys_path
     if not any(folder.glob("*.secret")):
-        raise _fail(f"{folder} has no key yet; `fmzbus keys new` makes one")
-    out.print(f"{seal.new_keys(folder)} in {folder}", markup=False)
+        raise failed(f"{folder} has no key yet; `fmzbus keys new` makes one")
+    out.print(f"{seal.new_keys(folder)} in {folder}")
 
 
 @app.command("logs")
@@ -306,22 +267,91 @@ def logs_command(
     state: StateDir = None,
 ) -> None:
     """Show the newest log lines of all processes, in the order of their times."""
-    folder = _config(config, state).state_path / "logs"
+    folder = configured(config, state).state_path / "logs"
     show = (lambda line: line) if as_json else pretty
     for line in newest(folder, name, lines):
-        out.print(show(line), markup=False)
+        out.print(show(line))
     if follow:
         try:
             for line in follow_files(folder, name):
-                out.print(show(line), markup=False)
+                out.print(show(line))
         except KeyboardInterrupt:
             pass
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, config: ConfigFile = None, state: StateDir = None
+) -> None:
+    """Look at everything a running system rests on, and say what to do about what is wrong. Exit status 1 when something fails."""
+    settings = configured(config, state)
+    findings: list[doctor.Finding] = []
+
+    def show(finding: doctor.Finding) -> None:
+        findings.append(finding)
+        if not as_json:
+            colour = {"ok": "green", "warn": "yellow", "FAIL": "red"}[finding.level]
+            advice = f"\n       -> {finding.do}" if finding.do else ""
+            out.print(f"[{colour}]{finding.level:4}[/] {escape(f'{finding.what}: {finding.seen}{advice}')}", markup=True)
+
+    async def look(bus: Bus) -> list[fleet.Presence]:
+        async for finding in doctor.on_the_bus(bus, bus_url(settings, "operator")):
+            show(finding)
+        async with fleet.followed(bus) as heard:
+            await asyncio.sleep(fleet.BEAT_S * 1.2)
+            return heard.alive()
+
+    for finding in doctor.machine(settings):
+        show(finding)
+    try:
+        alive = on_the_bus(settings, look)
+    except TimeoutError:
+        show(doctor.Finding(level="FAIL", what="NATS", seen="does not answer", do="start `fmzbus up`, or set [nats] url"))
+    else:
+        for finding in [*doctor.fleet_health(alive), *doctor.hops(settings, service_address(settings), alive)]:
+            show(finding)
+    if as_json:
+        out.print(doctor.as_json(findings).decode())
+    raise typer.Exit(doctor.worst(findings))
+
+
+@app.command("bench-traffic")
+def bench_traffic_command(
+    hosts: Annotated[int, typer.Option(min=1, max=100_000, help="Simulated hosts, each with keys and a session of its own.")] = 10,
+    rate: Annotated[float, typer.Option(min=0.1, max=100_000, help="Requests a second, of all hosts together.")] = 100,
+    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 10,
+    exchange: Annotated[str, typer.Option(help="Where they trade.")] = "paper",
+    trade: Annotated[bool, typer.Option("--trade", help="Market orders too; for the paper exchange only.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed sends the same requests.")] = 1,
+    url: Annotated[str | None, typer.Option(help="Of the bridge; default the system that runs on this state folder.")] = None,
+    config: ConfigFile = None,
+    state: StateDir = None,
+) -> None:
+    """Let simulated hosts call: for demos, and to see what a machine carries. A live line every second, a sum at the end.
+
+    Requests go out on schedule whether or not earlier ones were answered, as those of real robots do; each counts from when it was due.
+    """
+    if trade and exchange.partition("/")[0] != "paper":
+        raise failed("--trade places real orders: it is for the paper exchange only")
+    settings = configured(config, state)
+    address = url or service_address(settings)
+
+    def show(number: int, second: traffic.Second) -> None:
+        out.print(f"{number:4d} s  {second.line()}")
+        sys.stdout.flush()
+
+    total = asyncio.run(traffic.drive(address, exchange, hosts=hosts, rate=rate, seconds=seconds, trade=trade, seed=seed, show=show))
+    out.print(f"all     {total.line()}  ({total.sent / seconds:.0f}/s of {rate:g}/s asked for)")
+    for text, count in total.errors.most_common(5):
+        out.print(f"        {count} x {text}")
+    if total.errors or not total.ok:
+        raise typer.Exit(1)
 
 
 @app.command("version")
 def version_command() -> None:
     """Print the version."""
-    out.print(VERSION, markup=False)
+    out.print(VERSION)
 
 
 def main() -> None:

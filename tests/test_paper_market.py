@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers.venues.paper import funding
 from workers.venues.paper import market as model
 from workers.venues.paper.markets import MARKETS, PLAY_MONEY
 from workers.venues.paper.money import UNIT
@@ -28,14 +29,19 @@ def test_a_seed_gives_these_prices_for_ever() -> None:
 
 
 def test_another_process_sees_the_same_market() -> None:
-    shown = f"m.span(7, 'LTC_BTC', {NOW_S - 10_000}, {NOW_S}), m.tape(7, 'SOL_USDT', 5, {NOW_S})"
-    code = f"from workers.venues.paper import market as m; print({shown})"
+    swap = "MARKETS['ETH_USDT.swap']"
+    shown = (
+        f"m.span(7, 'LTC_BTC', {NOW_S - 10_000}, {NOW_S}), m.tape(7, 'SOL_USDT', 5, {NOW_S}), m.depth(7, 'ETH_BTC', {NOW_S}),"
+        f" f.mark(7, {swap}, {NOW_S}), f.rate(7, 'ETH_USDT.swap', 60_000)"
+    )
+    code = f"from workers.venues.paper import funding as f, market as m; from workers.venues.paper.markets import MARKETS; print({shown})"
     seen = {
         subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": hashseed}, capture_output=True, text=True, check=True).stdout
         for hashseed in ("1", "2")
     }
-    here = f"{model.span(7, 'LTC_BTC', NOW_S - 10_000, NOW_S)} {model.tape(7, 'SOL_USDT', 5, NOW_S)}\n"
-    assert seen == {here}
+    prices = model.span(7, "LTC_BTC", NOW_S - 10_000, NOW_S), model.tape(7, "SOL_USDT", 5, NOW_S), model.depth(7, "ETH_BTC", NOW_S)
+    swaps = funding.mark(7, MARKETS["ETH_USDT.swap"], NOW_S), funding.rate(7, "ETH_USDT.swap", 60_000)
+    assert seen == {" ".join(map(str, (*prices, *swaps))) + "\n"}
 
 
 @given(seeds, symbols, seconds, st.sampled_from([(604_800, 86_400), (86_400, 3_600), (3_600, 900), (3_600, 60), (60, 1), (604_800, 3_600)]))
@@ -79,6 +85,16 @@ def test_the_markets_book_is_sorted_and_never_crossed(seed: int, symbol: str, se
     assert bids[0] <= price < asks[0]
     assert bids[-1] > 0
     assert all(lots > 0 for _, lots in book.asks + book.bids)
+
+
+@given(symbols, seconds, st.integers(1, 5_000), st.integers(-30, 30), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_the_first_second_that_reaches_a_price_is_found(symbol: str, start: int, length: int, away: int, apart: int) -> None:
+    """The reference looks at every second."""
+    down = model.second(7, symbol, start).open + away
+    bars = ((at, model.second(7, symbol, at)) for at in range(start, start + length))
+    first = next((at for at, bar in bars if bar.low <= down or bar.high >= down + apart), None)
+    assert model.reaching(7, symbol, start, start + length, down=down, up=down + apart) == first
 
 
 @given(seeds, symbols, st.integers(0, 6_000))

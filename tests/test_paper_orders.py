@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -72,8 +73,8 @@ async def test_a_market_order_is_filled_at_once_and_its_fills_say_at_what(client
         "role": "taker",
         "price": market.price_text(asks[0][0]),
         "amount": order["filled"],
-        "fee": "0",
-        "fee_currency": "USDT",
+        "fee": "0.000001887",
+        "fee_currency": "BTC",
         "time": NOW_S * 1000,
     }
     assert order["average_price"] == fill["price"]
@@ -108,15 +109,15 @@ async def test_a_swap_position_shows_and_closes(client: Client) -> None:
 
 
 async def test_resting_orders_fill_by_themselves(client: Client, clock: Clock, tmp_path: Path) -> None:
-    order = await client.order("BTC_USDT", "buy", type="limit", price="52900", amount="1")
+    order = await client.order("BTC_USDT", "buy", type="limit", price="52900", amount="0.001")
     assert order["status"] == "open"
     while model.second(7, "BTC_USDT", int(clock.now_s)).low >= 52_900_00:
         clock.now_s += 1
     with sqlite3.connect(tmp_path / "paper/paper.sqlite3") as db:
-        await until(lambda: db.execute("SELECT status, filled FROM orders").fetchone() == ("closed", 1_000_000))
+        await until(lambda: db.execute("SELECT status, filled FROM orders").fetchone() == ("closed", 1_000))
     db.close()
     (fill,) = await client.get("/api/v1/fills")
-    assert (fill["price"], fill["amount"], fill["role"]) == ("52900", "1", "maker")
+    assert (fill["price"], fill["amount"], fill["role"]) == ("52900", "0.001", "maker")
 
 
 @pytest.mark.parametrize(
@@ -127,10 +128,15 @@ async def test_resting_orders_fill_by_themselves(client: Client, clock: Clock, t
         ({"price": "0.001"}, 400, 2003, "price: 0.001 is not a multiple of the tick size 0.01; the nearest is 0.01"),
         ({"amount": "0.0100007"}, 400, 2004, "amount: 0.0100007 is not a multiple of the lot size 0.000001; the nearest is 0.010001"),
         ({"amount": "0.0000001"}, 400, 2005, "amount: 0.0000001 is below the minimum 0.000001"),
-        ({"amount": "0.000001"}, 400, 2005, "an order must be worth 1 USDT at least, not 0.05"),
+        (
+            {"amount": "0.000001"},
+            400,
+            2005,
+            "amount: 0.000001 at 50000 is worth 0.05 USDT, below the minimum worth 1; the nearest is 0.00002",
+        ),
         ({"amount": "1000.000001"}, 400, 2006, "amount: 1000.000001 is above the maximum 1000"),
         ({"price": "999999999999999999"}, 400, 2006, "price: 999999999999999999 is above the maximum 10000000000"),
-        ({"amount": "100"}, 400, 2010, "insufficient balance: 5000000 USDT needed, 1000000 free"),
+        ({"amount": "100"}, 400, 2010, "amount: insufficient balance, 5000000 USDT needed, 1000000 free; the most is 20"),
         ({"amount": 0.01}, 400, 2002, "Expected `str | null`, got `float` - at `$.amount`"),
         ({"amount": True}, 400, 2002, "Expected `str | null`, got `bool` - at `$.amount`"),
         ({"amount": "NaN"}, 400, 2002, 'amount: expected plain decimal notation, such as "0.25"'),
@@ -161,6 +167,33 @@ async def test_resting_orders_fill_by_themselves(client: Client, clock: Clock, t
 async def test_a_wrong_order_is_told_what_is_wrong(client: Client, change: dict[str, Any], status: int, code: int, message: str) -> None:
     assert await client("POST", "/api/v1/orders", GOOD | change) == (status, {"code": code, "message": message})
     assert await client.get("/api/v1/orders") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"price": "50000.001"}, "price"),
+        ({"price": "999999999999", "side": "sell"}, "price"),
+        ({"amount": "0.0100007"}, "amount"),
+        ({"amount": "0.0000101"}, "amount"),
+        ({"amount": "1000.5", "side": "sell"}, "amount"),
+        ({"amount": "100"}, "amount"),
+        ({"amount": "20000.1", "side": "sell", "symbol": "ETH_BTC", "price": "1"}, "amount"),
+        ({"type": "market", "price": None, "amount": None, "quote_amount": "0.5"}, "quote_amount"),
+        ({"type": "market", "price": None, "amount": None, "quote_amount": "2000000"}, "quote_amount"),
+    ],
+)
+async def test_the_value_that_a_refusal_names_is_accepted(client: Client, change: dict[str, Any], field: str) -> None:
+    """A refusal that is met again with what it named may find another rule broken, never the same."""
+    order, told = GOOD | change, []
+    while (reply := await client("POST", "/api/v1/orders", order))[0] != 200:
+        message = reply[1]["message"]
+        assert message.startswith(f"{field}: ")
+        told.append(reply[1]["code"])
+        named = re.search(r"(?:nearest is|most is|maximum|minimum|minimum worth) ([0-9.]+)(?: USDT)?$", message)
+        assert named, message
+        order[field] = named[1]
+    assert len(told) == len(set(told)) >= 1
 
 
 async def test_an_order_that_arrives_in_time_is_served(client: Client) -> None:

@@ -113,7 +113,10 @@ async def test_the_markets_are_listed_with_their_rules(client: Client) -> None:
         "max_amount": "1000",
         "contract_size": "1",
         "max_leverage": 100,
+        "maker_fee": "0.0002",
+        "taker_fee": "0.0005",
     }
+    assert (listed["ETH_BTC"]["maker_fee"], listed["ETH_BTC"]["taker_fee"]) == ("0.0008", "0.001")
     assert (await client.get("/api/v1/time", signed=False)) == {"time": NOW_S * 1000}
 
 

@@ -201,11 +201,15 @@ def _success(result: Any) -> Success:
     return Success(data=result if isinstance(result, Raw) else Raw(encode(result)))
 
 
+BLANK = "***"
+"""What stands where a key was."""
+
+
 def _redacted(text: str, call: Call | None) -> str:
     """The text without the keys of the request: some exchanges quote what they refuse. A key under 8 signs is a word, not a secret."""
     keys = call.credentials if call else Credentials("", "")
     for key in (keys.secret_key, *keys.secret_key.split(","), keys.access_key):
-        text = text.replace(key, "***") if len(key) >= 8 else text
+        text = text.replace(key, BLANK) if len(key) >= 8 else text
     return text
 
 

@@ -1,19 +1,24 @@
 """Who owns what: balances, positions, and how one fill moves them. Pure, and money is never made or lost.
 
 Every fill is settled between the account and the market's own account (number 0, which may owe): two users who trade with each other both
-settle with it at one price, which leaves it as it was. So the sum of one currency over all accounts is zero for ever.
+settle with it at one price, which leaves it as it was. Funding goes through it as well; fees go to an account of their own (number -1). So
+the sum of one currency over all accounts is zero for ever.
 """
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from workers.venues.paper import funding
 from workers.venues.paper.errors import Code, Refused
-from workers.venues.paper.markets import MARKETS, PLAY_MONEY, find
-from workers.venues.paper.money import plain
+from workers.venues.paper.fees import fee
+from workers.venues.paper.markets import MARKETS, PLAY_MONEY, find_swap
 from workers.venues.paper.orders import Fill, Order, Position
 
 MARKET_ACCOUNT = 0
 """The market's own account, which also handed out the play money."""
+
+FEE_ACCOUNT = -1
+"""Where the fees go."""
 
 DEFAULT_LEVERAGE = 10
 
@@ -34,23 +39,28 @@ class PositionKey(NamedTuple):
 
 @dataclass(slots=True)
 class Changes:
-    """What was touched since the last look: the rows that have to be written, in one transaction."""
+    """What was touched since the last look: the rows that have to be written, in one transaction.
+
+    seconds: by symbol, up to where resting orders and positions have met the market and need not meet it again.
+    """
 
     orders: dict[int, Order] = field(default_factory=dict)
     balances: dict[tuple[int, str], Balance] = field(default_factory=dict)
     positions: dict[PositionKey, Position] = field(default_factory=dict)
     leverages: dict[tuple[int, str], int] = field(default_factory=dict)
     fills: list[Fill] = field(default_factory=list)
+    payments: list[funding.Payment] = field(default_factory=list)
+    seconds: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.orders or self.balances or self.positions or self.leverages or self.fills)
+        return bool(self.orders or self.balances or self.positions or self.leverages or self.fills or self.payments or self.seconds)
 
 
 @dataclass(slots=True)
 class Accounts:
     """All accounts' balances, positions and leverage settings; `changes` collects what each call touched."""
 
-    balances: dict[int, dict[str, Balance]] = field(default_factory=lambda: {MARKET_ACCOUNT: {}})
+    balances: dict[int, dict[str, Balance]] = field(default_factory=lambda: {MARKET_ACCOUNT: {}, FEE_ACCOUNT: {}})
     positions: dict[PositionKey, Position] = field(default_factory=dict)
     leverages: dict[tuple[int, str], int] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
@@ -70,22 +80,16 @@ class Accounts:
 
     def set_leverage(self, account: int, symbol: str, leverage: int) -> None:
         """For orders to come; open positions and resting orders keep theirs. Raises Refused(LEVERAGE | BAD_PARAMETER)."""
-        market = find(symbol)
-        if not market.is_swap:
-            raise Refused(Code.BAD_PARAMETER, f"symbol: {symbol} is no swap and has no leverage")
+        market = find_swap(symbol)
         if not 1 <= leverage <= market.max_leverage:
-            raise Refused(Code.LEVERAGE, f"leverage: expected 1 to {market.max_leverage}")
+            nearest = 1 if leverage < 1 else market.max_leverage
+            raise Refused(Code.LEVERAGE, f"leverage: expected 1 to {market.max_leverage}; the nearest is {nearest}")
         self.leverages[account, symbol] = self.changes.leverages[account, symbol] = leverage
 
     def available(self, key: PositionKey) -> int:
         """Lots of a position that no resting close order speaks for."""
         position = self.positions.get(key)
         return position.lots - position.frozen if position else 0
-
-    def require(self, account: int, currency: str, needed: int) -> None:
-        """Raise Refused(INSUFFICIENT_BALANCE) when less is free."""
-        if (free := self.free(account, currency)) < needed:
-            raise Refused(Code.INSUFFICIENT_BALANCE, f"insufficient balance: {plain(needed)} {currency} needed, {plain(free)} free")
 
     def freeze(self, order: Order) -> None:
         """Set aside what the rest of an order may need while it rests."""
@@ -95,24 +99,43 @@ class Accounts:
         """Give back what the rest of an order held."""
         self._hold(order, -1)
 
-    def fill(self, order: Order, price: int, lots: int, *, resting: bool) -> None:
-        """Execute `lots` of an order at `price`: pay, deliver, count. A resting order pays from what it froze, another from what is free.
+    def fill(self, order: Order, price: int, lots: int, *, rate: int, resting: bool) -> int:
+        """Execute `lots` of an order at `price`: pay, deliver, count. Returns the fee, in the smallest unit of the fill's fee_currency.
 
-        Fees belong here; none are taken yet.
+        rate: of the fee, in millionths. A resting order pays from what it froze, another from what is free.
         """
         if resting:
             self._unhold(order, lots)
         market = MARKETS[order.symbol]
         notional = market.notional(price, lots)
         if market.is_swap:
-            self._fill_swap(order, lots, notional)
+            charged = self._fill_swap(order, lots, notional, fee(notional, rate))
         else:
-            sign = 1 if order.side == "buy" else -1
-            self._transfer(order.account, market.base, sign * lots * market.lot)
-            self._transfer(order.account, market.quote, -sign * notional)
+            paid, brought = (notional, lots * market.lot) if order.side == "buy" else (lots * market.lot, notional)
+            bought, sold = (market.base, market.quote) if order.side == "buy" else (market.quote, market.base)
+            self._transfer(order.account, sold, -paid)
+            self._transfer(order.account, bought, brought)
+            charged = self._charge(order.account, bought, fee(brought, rate))
         order.filled += lots
         order.spent += notional
         self.changes.orders[order.number] = order
+        return charged
+
+    def fund(self, position: Position, *, rate: int, price: int, time_ms: int) -> None:
+        """Let a position pay or receive funding at a price; it is paid from what is free, then from the margin, never more than both."""
+        market = MARKETS[position.symbol]
+        value = funding.due(position.side, market.notional(price, position.lots), rate)
+        balance = self._balance(position.account, market.quote)
+        from_margin = min(position.margin, max(0, -value - balance.free))
+        if from_margin:
+            position.margin -= from_margin
+            balance.frozen -= from_margin
+            balance.free += from_margin
+        value = max(value, -balance.free)
+        self._transfer(position.account, market.quote, value)
+        self._touch(position)
+        key = (position.account, position.symbol, position.side)
+        self.changes.payments.append(funding.Payment(*key, time_ms, rate, price, position.lots, value))
 
     def liquidate(self, position: Position) -> None:
         """Take a position whose margin is used up: the market gets the margin and bears what the loss exceeds it by."""
@@ -122,19 +145,19 @@ class Accounts:
         position.lots = position.frozen = position.cost = position.margin = 0
         self._touch(position)
 
-    def _fill_swap(self, order: Order, lots: int, notional: int) -> None:
+    def _fill_swap(self, order: Order, lots: int, notional: int, charged: int) -> int:
         key = PositionKey(order.account, order.symbol, order.position_side)
         currency = MARKETS[order.symbol].quote
         balance = self._balance(order.account, currency)
         if order.offset == "open":
             position = self.positions.setdefault(key, Position(*key))
-            # Rounded down, as what a resting order froze was rounded up: it always suffices.
             margin = notional // order.leverage
             balance.free -= margin
             balance.frozen += margin
             position.lots += lots
             position.cost += notional
             position.margin += margin
+            position.leverage = order.leverage
         else:
             position = self.positions[key]
             cost, margin = position.cost * lots // position.lots, position.margin * lots // position.lots
@@ -147,7 +170,10 @@ class Accounts:
             position.lots -= lots
             position.cost -= cost
             position.margin -= margin
+            # Nor does a close cost more than it gives back.
+            charged = min(charged, margin + profit)
         self._touch(position)
+        return self._charge(order.account, currency, charged)
 
     def _hold(self, order: Order, sign: int) -> None:
         if order.offset == "close":
@@ -171,6 +197,12 @@ class Accounts:
     def _transfer(self, account: int, currency: str, value: int) -> None:
         self._balance(account, currency).free += value
         self._balance(MARKET_ACCOUNT, currency).free -= value
+
+    def _charge(self, account: int, currency: str, charged: int) -> int:
+        if charged:
+            self._balance(account, currency).free -= charged
+            self._balance(FEE_ACCOUNT, currency).free += charged
+        return charged
 
     def _peek(self, account: int, currency: str) -> Balance:
         return self.balances[account].get(currency) or Balance()

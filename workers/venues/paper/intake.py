@@ -43,9 +43,14 @@ class _ClientOrderId(Struct, frozen=True):
     client_order_id: Annotated[str, Meta(pattern=CLIENT_ORDER_ID)] | None = None
 
 
+class _Symbol(Struct, frozen=True):
+    symbol: str = ""
+
+
 _new_order = msgspec.json.Decoder(NewOrder)
 _new_leverage = msgspec.json.Decoder(NewLeverage)
 _client_order_id = msgspec.json.Decoder(_ClientOrderId)
+_symbol = msgspec.json.Decoder(_Symbol)
 _anything = msgspec.json.Decoder()
 
 
@@ -55,6 +60,14 @@ def client_order_id(body: bytes) -> str | None:
         return _client_order_id.decode(body).client_order_id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+
+
+def names_symbol(query: Mapping[str, str], body: bytes) -> str:
+    """The symbol that a request names, listed or not, for the faults; "" when it names none."""
+    try:
+        return query.get("symbol") or _symbol.decode(body).symbol
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def order(body: bytes, *, now_ms: int) -> Ticket:

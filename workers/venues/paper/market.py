@@ -10,6 +10,7 @@ Prices are whole ticks, volumes whole lots. Randomness is SHAKE-256 of (seed, wh
 from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import shake_256
+from itertools import pairwise
 from math import isqrt
 from struct import unpack
 from typing import NamedTuple
@@ -20,8 +21,19 @@ from workers.venues.paper.money import UNIT
 SPANS = (604_800, 86_400, 3_600, 900, 60, 1)
 """Seconds of a bar on each level of the tree. Weeks are counted from 1970-01-01, a Thursday."""
 
+_FAMILY = (1, *(above // below for above, below in pairwise(SPANS)))
+"""How many bars of each level one bar of the level above has; a week has none above."""
+
 LEVELS = 200
 """Levels on each side of the market's own book."""
+
+RESTLESS = 8
+"""Levels a side whose size is drawn anew at each step within a second, where an exchange takes steps, out of the best RESTLESS_AMONG."""
+
+RESTLESS_AMONG = 40
+
+NEVER = 1 << 62
+"""Ticks that no price reaches."""
 
 PRINTS = 4
 """Most trades the market prints in a second; a second's volume is at least as many lots."""
@@ -79,6 +91,14 @@ def second(seed: int, symbol: str, second_s: int) -> Bar:
     return _node(seed, symbol, len(SPANS) - 1, second_s)
 
 
+def reaching(seed: int, symbol: str, start_s: int, end_s: int, *, down: int, up: int) -> int | None:
+    """The first second of [start_s, end_s) that trades at `down` or lower, or at `up` or higher; None where there is none.
+
+    Looks into no bar that stays between the two, so weeks cost no more than the few seconds that matter.
+    """
+    return _reaching(seed, symbol, 0, start_s, end_s, down, up)
+
+
 def prints(seed: int, symbol: str, second_s: int) -> list[Print]:
     """The second's trades: they touch its open, high, low and close, and their amounts add up to its volume."""
     bar = second(seed, symbol, second_s)
@@ -105,9 +125,31 @@ def tape(seed: int, symbol: str, limit: int, now_s: int) -> list[Print]:
     return newest[limit - 1 :: -1] if len(newest) >= limit else newest[::-1]
 
 
+def depth(seed: int, symbol: str, second_s: int, step_ms: int = 0) -> Depth:
+    """The market's own book: gaps and sizes grow with the distance, two to three percent of the price a side.
+
+    step_ms: how far into the second the present step began; above 0 some sizes differ from those on the second, prices never.
+    """
+    return _stepped(seed, symbol, second_s, step_ms) if step_ms else _depth(seed, symbol, second_s)
+
+
 @lru_cache(maxsize=64)
-def depth(seed: int, symbol: str, second_s: int) -> Depth:
-    """The market's own book: gaps and sizes grow with the distance, two to three percent of the price a side."""
+def _stepped(seed: int, symbol: str, second_s: int, step_ms: int) -> Depth:
+    draw = _draw(seed, "step", symbol, second_s * 1000 + step_ms, 4 * RESTLESS)
+
+    def side(levels: tuple[tuple[int, int], ...], places: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        changed = list(levels)
+        for number, size in zip(places, sizes, strict=True):
+            price, lots = levels[place := number % min(RESTLESS_AMONG, len(levels))]
+            changed[place] = (price, 1 + lots * size // 32768)
+        return tuple(changed)
+
+    whole, (a, b, c) = _depth(seed, symbol, second_s), (RESTLESS, 2 * RESTLESS, 3 * RESTLESS)
+    return Depth(asks=side(whole.asks, draw[:a], draw[a:b]), bids=side(whole.bids, draw[b:c], draw[c:]))
+
+
+@lru_cache(maxsize=64)
+def _depth(seed: int, symbol: str, second_s: int) -> Depth:
     market, middle = MARKETS[symbol], second(seed, symbol, second_s).close
     draw = _draw(seed, "depth", symbol, second_s, 4 * LEVELS + 2)
     lots_a_second = _weekly_lots(market) // SPANS[0]
@@ -124,6 +166,13 @@ def depth(seed: int, symbol: str, second_s: int) -> Depth:
         asks=side(middle + above, 1, draw[:LEVELS], draw[LEVELS : 2 * LEVELS]),
         bids=side(middle - below, -1, draw[2 * LEVELS : 3 * LEVELS], draw[3 * LEVELS : 4 * LEVELS]),
     )
+
+
+def noise(seed: int, purpose: str, symbol: str, period: int, place: int) -> int:
+    """Value noise in [-32768, 32767]: hashed at multiples of the period, a smooth step (3t^2 - 2t^3) between them."""
+    cell, within = divmod(place, period)
+    left, right = _lattice(seed, purpose, symbol, period, cell), _lattice(seed, purpose, symbol, period, cell + 1)
+    return left + (right - left) * within * within * (3 * period - 2 * within) // (period * period * period)
 
 
 def _draw(seed: int, purpose: str, symbol: str, place: int, count: int) -> tuple[int, ...]:
@@ -146,18 +195,46 @@ def _share(total: int, weights: tuple[int, ...], least: int) -> list[int]:
 def _pieces(seed: int, symbol: str, level: int, start_s: int, end_s: int) -> Iterator[Bar]:
     """The largest whole bars that cover [start_s, end_s), in time order."""
     size = SPANS[level]
-    for index in range(start_s // size, -(-end_s // size)):
-        at = index * size
-        if start_s <= at and at + size <= end_s:
-            yield _node(seed, symbol, level, index)
+    at = start_s
+    while at < end_s:
+        index = at // size
+        if at == index * size and at + size <= end_s:
+            # All whole bars that one parent has here are taken at once.
+            upto = min(end_s // size, (index // _FAMILY[level] + 1) * _FAMILY[level])
+            yield from _nodes(seed, symbol, level, index, upto)
+            at = upto * size
         else:
-            yield from _pieces(seed, symbol, level + 1, max(start_s, at), min(end_s, at + size))
+            until = min(end_s, (index + 1) * size)
+            yield from _pieces(seed, symbol, level + 1, at, until)
+            at = until
+
+
+def _nodes(seed: int, symbol: str, level: int, start: int, end: int) -> tuple[Bar, ...]:
+    """Neighbouring bars of one parent."""
+    if level == 0:
+        return tuple(_week(seed, symbol, index) for index in range(start, end))
+    parent, place = divmod(start, _FAMILY[level])
+    return _children(seed, symbol, level - 1, parent)[place : place + end - start]
+
+
+def _reaching(seed: int, symbol: str, level: int, start_s: int, end_s: int, down: int, up: int) -> int | None:
+    size = SPANS[level]
+    for index in range(start_s // size, -(-end_s // size)):
+        bar = _node(seed, symbol, level, index)
+        if down < bar.low and bar.high < up:
+            continue
+        if size == 1:
+            return index
+        found = _reaching(seed, symbol, level + 1, max(start_s, index * size), min(end_s, (index + 1) * size), down, up)
+        if found is not None:
+            return found
+    return None
 
 
 def _node(seed: int, symbol: str, level: int, index: int) -> Bar:
     if level == 0:
         return _week(seed, symbol, index)
-    parent, place = divmod(index, SPANS[level - 1] // SPANS[level])
+    parent, place = divmod(index, _FAMILY[level])
     return _children(seed, symbol, level - 1, parent)[place]
 
 
@@ -165,10 +242,11 @@ def _node(seed: int, symbol: str, level: int, index: int) -> Bar:
 def _children(seed: int, symbol: str, level: int, index: int) -> tuple[Bar, ...]:
     """The bars of the next level inside one bar; about 15 kB a cached answer."""
     bar, count, child_s = _node(seed, symbol, level, index), SPANS[level] // SPANS[level + 1], SPANS[level + 1]
-    draw = _draw(seed, f"split{level}", symbol, index, 4 * count)
-    volumes = _share(bar.volume, draw[:count], PRINTS * child_s)
     market = MARKETS[symbol]
-    if len(market.follows) == 1:
+    copies = len(market.follows) == 1
+    draw = _draw(seed, f"split{level}", symbol, index, count if copies else 4 * count)
+    volumes = _share(bar.volume, draw[:count], PRINTS * child_s)
+    if copies:
         ratio = market.tick // MARKETS[market.follows[0]].tick
         copied = _children(seed, market.follows[0], level, index)
         return tuple(
@@ -234,17 +312,10 @@ def _week_open(seed: int, symbol: str, week: int) -> int:
         over, under = (MARKETS[leg] for leg in market.follows)
         value = _week_open(seed, over.symbol, week) * over.tick * UNIT // (_week_open(seed, under.symbol, week) * under.tick)
         return value // market.tick
-    millionths = 1_000_000 + sum(_noise(seed, symbol, period, week) * amplitude >> 15 for period, amplitude in _NOISE)
+    millionths = 1_000_000 + sum(noise(seed, "noise", symbol, period, week) * amplitude >> 15 for period, amplitude in _NOISE)
     return market.usual_price * millionths // 1_000_000
 
 
-def _noise(seed: int, symbol: str, period: int, week: int) -> int:
-    """Value noise in [-32768, 32767]: hashed at multiples of the period, a smooth step (3t^2 - 2t^3) between them."""
-    cell, place = divmod(week, period)
-    left, right = _lattice(seed, symbol, period, cell), _lattice(seed, symbol, period, cell + 1)
-    return left + (right - left) * place * place * (3 * period - 2 * place) // (period * period * period)
-
-
 @lru_cache(maxsize=4096)
-def _lattice(seed: int, symbol: str, period: int, cell: int) -> int:
-    return _draw(seed, f"noise{period}", symbol, cell, 1)[0] - 32768
+def _lattice(seed: int, purpose: str, symbol: str, period: int, cell: int) -> int:
+    return _draw(seed, f"{purpose}{period}", symbol, cell, 1)[0] - 32768

@@ -84,11 +84,20 @@ class Market:
             raise Refused(Code.LOT_SIZE, f"amount: {text} is not {wanted}")
         return lots
 
-    def check_notional(self, notional: int) -> None:
-        """Raise Refused(BELOW_MINIMUM) when an order is worth too little."""
-        if notional < self.min_notional:
+    def check_notional(self, ticks: int, lots: int) -> None:
+        """Raise Refused(BELOW_MINIMUM), naming the least amount, when so many lots at that price are worth too little."""
+        if (notional := self.notional(ticks, lots)) < self.min_notional:
+            worth = f"{self.amount_text(lots)} at {self.price_text(ticks)} is worth {plain(notional)} {self.quote}"
+            least = self.amount_text(-(-self.min_notional // self.notional(ticks, 1)))
+            raise Refused(
+                Code.BELOW_MINIMUM, f"amount: {worth}, below the minimum worth {plain(self.min_notional)}; the nearest is {least}"
+            )
+
+    def check_quote_amount(self, money: int) -> None:
+        """Raise Refused(BELOW_MINIMUM) when an order spends too little."""
+        if money < self.min_notional:
             least = f"{plain(self.min_notional)} {self.quote}"
-            raise Refused(Code.BELOW_MINIMUM, f"an order must be worth {least} at least, not {plain(notional)}")
+            raise Refused(Code.BELOW_MINIMUM, f"quote_amount: {plain(money)} is below the minimum worth {least}")
 
     def listing(self) -> dict[str, object]:
         """The row of GET /api/v1/markets."""
@@ -171,4 +180,13 @@ def find(symbol: str) -> Market:
     market = MARKETS.get(symbol)
     if market is None:
         raise Refused(Code.UNKNOWN_SYMBOL, f"unknown symbol {symbol[:40]!r}; GET /api/v1/markets lists them")
+    return market
+
+
+def find_swap(symbol: str) -> Market:
+    """The swap of that symbol. Raises Refused(UNKNOWN_SYMBOL | BAD_PARAMETER)."""
+    market = find(symbol)
+    if not market.is_swap:
+        near = f"; the nearest is {symbol}.swap" if f"{symbol}.swap" in MARKETS else ""
+        raise Refused(Code.BAD_PARAMETER, f"symbol: {symbol} is no swap{near}")
     return market

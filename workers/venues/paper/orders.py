@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from workers.venues.paper.fees import fee
 from workers.venues.paper.markets import MARKETS
 from workers.venues.paper.money import UNIT, plain
 
@@ -12,7 +13,8 @@ class Order:
 
     number: the id as a number, given in order of arrival.
     price: 0 for a market order. lots: 0 where quote_amount says how much to spend.
-    spent: price times amount of what is filled. leverage: the setting when it was placed, 1 on spot.
+    spent: price times amount of what is filled, before fees. leverage: the setting when it was placed, 1 on spot.
+    maker_rate: what it pays for trades while it rests, in millionths, as it was when it was placed.
     status: "open" until it is "closed" (filled) or "cancelled" (with filled > 0 after a partial fill).
     """
 
@@ -32,6 +34,7 @@ class Order:
     status: str = "open"
     filled: int = 0
     spent: int = 0
+    maker_rate: int = 0
 
     @property
     def remaining(self) -> int:
@@ -43,13 +46,15 @@ class Order:
         return "long" if (self.side == "buy") == (self.offset == "open") else "short"
 
     def held(self, remaining: int) -> int:
-        """What freezes while `remaining` lots rest: quote (spot buy), base (spot sell), margin (swap, opening), nothing (closing)."""
+        """What freezes while `remaining` lots rest: quote (spot buy), base (spot sell), margin and fee (swap open), nothing (close)."""
         market = MARKETS[self.symbol]
         if not market.is_swap:
             return market.notional(self.price, remaining) if self.side == "buy" else remaining * market.lot
         if self.offset == "close":
             return 0
-        return -(-market.notional(self.price, remaining) // self.leverage)
+        notional = market.notional(self.price, remaining)
+        # Rounded up, while what single fills take is rounded down: it always suffices.
+        return -(-notional // self.leverage) - fee(-notional, self.maker_rate)
 
     @property
     def held_currency(self) -> str:
@@ -79,7 +84,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """One side of one trade, for the account it belongs to; the maker's and the taker's fill share `trade`."""
+    """One side of one trade, for the account it belongs to; the maker's and the taker's fill share `trade`. fee: in UNIT-ths."""
 
     number: int
     trade: int
@@ -91,6 +96,12 @@ class Fill:
     price: int
     lots: int
     time_ms: int
+    fee: int = 0
+
+    @property
+    def fee_currency(self) -> str:
+        market = MARKETS[self.symbol]
+        return market.base if self.side == "buy" and not market.is_swap else market.quote
 
     def document(self) -> dict[str, object]:
         market = MARKETS[self.symbol]
@@ -102,8 +113,8 @@ class Fill:
             "role": self.role,
             "price": market.price_text(self.price),
             "amount": market.amount_text(self.lots),
-            "fee": "0",
-            "fee_currency": market.quote,
+            "fee": plain(self.fee),
+            "fee_currency": self.fee_currency,
             "time": self.time_ms,
         }
 
@@ -114,6 +125,7 @@ class Position:
 
     lots: what is held; frozen: lots spoken for by resting close orders.
     cost: price times amount at which it was opened, in UNIT-ths of quote; margin: what is frozen for it and can be lost.
+    leverage: that of the order which opened it or last added to it.
     """
 
     account: int
@@ -123,17 +135,20 @@ class Position:
     frozen: int = 0
     cost: int = 0
     margin: int = 0
+    leverage: int = 1
 
     def profit(self, price: int) -> int:
         """Unrealised, at a price in ticks."""
         worth = MARKETS[self.symbol].notional(price, self.lots)
         return worth - self.cost if self.side == "long" else self.cost - worth
 
-    def document(self, mark: int, leverage: int) -> dict[str, object]:
+    def ruin(self) -> int:
+        """The mark price, in ticks, at which the loss has used the margin up; at most 0 where a long position cannot lose as much."""
+        per_tick = MARKETS[self.symbol].notional(1, self.lots)
+        return (self.cost - self.margin) // per_tick if self.side == "long" else -(-(self.cost + self.margin) // per_tick)
+
+    def document(self, mark: int) -> dict[str, object]:
         market = MARKETS[self.symbol]
-        per_tick = self.lots * market.lot_notional
-        ruin = self.cost - self.margin if self.side == "long" else self.cost + self.margin
-        ticks = -(-ruin // per_tick) if self.side == "short" else max(0, ruin // per_tick)
         return {
             "symbol": self.symbol,
             "side": self.side,
@@ -141,8 +156,8 @@ class Position:
             "frozen": market.amount_text(self.frozen),
             "entry_price": plain(self.cost * UNIT // (self.lots * market.lot)),
             "mark_price": market.price_text(mark),
-            "leverage": leverage,
+            "leverage": self.leverage,
             "margin": plain(self.margin),
             "unrealized_pnl": plain(self.profit(mark)),
-            "liquidation_price": market.price_text(ticks),
+            "liquidation_price": market.price_text(max(0, self.ruin())),
         }

@@ -8,15 +8,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from workers.venues.paper import intake, quotes, schema
+from workers.venues.paper import history, intake, quotes, schema
 from workers.venues.paper.engine import Engine
 from workers.venues.paper.errors import Code, Refused
-from workers.venues.paper.markets import MARKETS, find
+from workers.venues.paper.history import History
+from workers.venues.paper.markets import find_swap
 from workers.venues.paper.money import plain
 from workers.venues.paper.orders import Order
 from workers.venues.paper.store import Job, Store
 
-MOST_DEPTH = 200
 MOST_ROWS = 1_000
 LONGEST_INTERVAL = 43_200
 
@@ -25,12 +25,16 @@ LONGEST_INTERVAL = 43_200
 class Call:
     """One request, understood as far as HTTP goes.
 
-    argument: the id at the end of the path. client_id_known: the store has an order with the body's client order id.
-    order: set by a handler that placed or cancelled one, for the ledger.
+    write_changes: hands the store what advance() did, ahead of a read that must see it.
+    argument: the id at the end of the path. client_id_known: the store has an order with the body's client order id; again: let it pass.
+    skew_ms: by how much the exchange's clock, as others see it, is ahead of now_ms. order: set by a handler that placed or cancelled
+    one, for the ledger.
     """
 
     engine: Engine
     store: Store
+    history: History
+    write_changes: Callable[[], None]
     account: int
     verb: str
     path: str
@@ -39,6 +43,8 @@ class Call:
     body: bytes
     now_ms: int
     client_id_known: bool = False
+    again: bool = False
+    skew_ms: int = 0
     order: Order | None = None
 
 
@@ -62,11 +68,11 @@ def route(verb: str, path: str) -> tuple[Route, str]:
 
 
 async def time(call: Call) -> object:
-    return {"time": call.now_ms}
+    return {"time": call.now_ms + call.skew_ms}
 
 
 async def markets(call: Call) -> object:
-    return [market.listing() for market in MARKETS.values()]
+    return quotes.markets(call.engine)
 
 
 async def ticker(call: Call) -> object:
@@ -74,13 +80,30 @@ async def ticker(call: Call) -> object:
 
 
 async def depth(call: Call) -> object:
-    symbol, limit = _market_now(call), intake.number(call.query, "limit", 20, low=1, high=MOST_DEPTH)
+    symbol, limit = _market_now(call), intake.number(call.query, "limit", 20, low=1, high=quotes.MOST_DEPTH)
     return quotes.depth(call.engine, symbol, limit, call.now_ms)
 
 
 async def trades(call: Call) -> object:
     symbol, limit = _market_now(call), intake.number(call.query, "limit", 100, low=1, high=MOST_ROWS)
     return quotes.trades(call.engine, symbol, limit)
+
+
+async def depth_then(call: Call) -> object:
+    symbol, limit = _market_now(call), intake.number(call.query, "limit", 20, low=1, high=history.LEVELS)
+    call.write_changes()
+    return call.history.depth(symbol, _moment(call), limit, call.now_ms)
+
+
+async def ticker_then(call: Call) -> object:
+    symbol = _market_now(call)
+    call.write_changes()
+    return call.history.ticker(symbol, _moment(call), call.now_ms)
+
+
+async def connect(call: Call) -> object:
+    """The request that becomes a WebSocket is served by sockets.py; what a request is checked for happens on its way here."""
+    return {}
 
 
 async def candles(call: Call) -> object:
@@ -95,6 +118,16 @@ async def candles(call: Call) -> object:
     )
 
 
+async def mark(call: Call) -> object:
+    symbol = find_swap(_market_now(call)).symbol
+    return quotes.mark(call.engine, symbol, call.now_ms)
+
+
+async def funding(call: Call) -> object:
+    symbol, limit = find_swap(_market_now(call)).symbol, intake.number(call.query, "limit", 100, low=1, high=MOST_ROWS)
+    return quotes.funding_rates(call.engine, symbol, limit, call.now_ms)
+
+
 async def account(call: Call) -> object:
     call.engine.advance_all(call.now_ms)
     balances = sorted(call.engine.accounts.balances[call.account].items())
@@ -102,9 +135,9 @@ async def account(call: Call) -> object:
 
 
 async def place(call: Call) -> object:
-    ticket = intake.order(call.body, now_ms=call.now_ms)
+    ticket = intake.order(call.body, now_ms=call.now_ms + call.skew_ms)
     call.engine.advance(ticket.market.symbol, call.now_ms)
-    call.order = call.engine.place(call.account, ticket, call.now_ms, client_id_known=call.client_id_known)
+    call.order = call.engine.place(call.account, ticket, call.now_ms, client_id_known=call.client_id_known, again=call.again)
     return call.order.document()
 
 
@@ -117,15 +150,22 @@ async def open_orders(call: Call) -> object:
 async def order_history(call: Call) -> object:
     symbol, limit = intake.optional_symbol(call.query), intake.number(call.query, "limit", 100, low=1, high=MOST_ROWS)
     call.engine.advance_all(call.now_ms)
-    _write_changes(call)
+    call.write_changes()
     return [order.document() for order in await call.store.submit(schema.order_history(call.account, symbol, limit))]
 
 
 async def fills(call: Call) -> object:
     symbol, limit = intake.optional_symbol(call.query), intake.number(call.query, "limit", 100, low=1, high=MOST_ROWS)
     call.engine.advance_all(call.now_ms)
-    _write_changes(call)
+    call.write_changes()
     return [fill.document() for fill in await call.store.submit(schema.fills(call.account, symbol, limit))]
+
+
+async def funding_payments(call: Call) -> object:
+    symbol, limit = intake.optional_symbol(call.query), intake.number(call.query, "limit", 100, low=1, high=MOST_ROWS)
+    call.engine.advance_all(call.now_ms)
+    call.write_changes()
+    return [payment.document() for payment in await call.store.submit(schema.payments(call.account, symbol, limit))]
 
 
 async def order_by_id(call: Call) -> object:
@@ -157,7 +197,7 @@ async def positions(call: Call) -> object:
     wanted, engine = intake.optional_symbol(call.query), call.engine
     engine.advance_all(call.now_ms)
     return [
-        position.document(engine.last(key.symbol), engine.accounts.leverage(call.account, key.symbol))
+        position.document(engine.mark(key.symbol))
         for key, position in sorted(engine.accounts.positions.items())
         if key.account == call.account and wanted in (None, key.symbol)
     ]
@@ -170,9 +210,7 @@ async def set_leverage(call: Call) -> object:
 
 
 async def get_leverage(call: Call) -> object:
-    market = find(intake.symbol(call.query))
-    if not market.is_swap:
-        raise Refused(Code.BAD_PARAMETER, f"symbol: {market.symbol} is no swap and has no leverage")
+    market = find_swap(intake.symbol(call.query))
     return {"symbol": market.symbol, "leverage": call.engine.accounts.leverage(call.account, market.symbol)}
 
 
@@ -189,6 +227,11 @@ ROUTES: dict[tuple[str, str], Route] = {
     ("GET", "/api/v1/depth"): Route(depth, 2, signed=False),
     ("GET", "/api/v1/trades"): Route(trades, 2, signed=False),
     ("GET", "/api/v1/candles"): Route(candles, 2, signed=False),
+    ("GET", "/api/v1/mark"): Route(mark, 1, signed=False),
+    ("GET", "/api/v1/funding"): Route(funding, 1, signed=False),
+    ("GET", "/api/v1/history/depth"): Route(depth_then, 2, signed=False),
+    ("GET", "/api/v1/history/ticker"): Route(ticker_then, 2, signed=False),
+    ("GET", "/ws/v1"): Route(connect, 5, signed=False),
     ("GET", "/api/v1/account"): Route(account, 2),
     ("POST", "/api/v1/orders"): Route(place, 1, recorded=True),
     ("GET", "/api/v1/orders"): Route(open_orders, 2),
@@ -202,6 +245,7 @@ ROUTES: dict[tuple[str, str], Route] = {
     ("POST", "/api/v1/leverage"): Route(set_leverage, 1),
     ("GET", "/api/v1/leverage"): Route(get_leverage, 1),
     ("GET", "/api/v1/fills"): Route(fills, 5),
+    ("GET", "/api/v1/funding/payments"): Route(funding_payments, 5),
 }
 """The API by verb and path; `*` stands for one last id. The README has the same table."""
 
@@ -235,7 +279,7 @@ async def _current(call: Call, resting: Order | None, on_disk: Job[Order | None]
         call.engine.advance(resting.symbol, call.now_ms)
         return resting
     if order := await call.store.submit(on_disk):
-        return order
+        return call.engine.open_orders.get(call.account, {}).get(order.number, order)
     raise Refused(Code.ORDER_NOT_FOUND, "no order with this id")
 
 
@@ -247,7 +291,8 @@ def _cancel(call: Call, order: Order) -> object:
     return order.document()
 
 
-def _write_changes(call: Call) -> None:
-    """Hand the store what advance() did, ahead of a read that must see it."""
-    if changes := call.engine.drain():
-        call.store.submit(schema.write(schema.rows(changes)))
+def _moment(call: Call) -> int:
+    """The required parameter `time`, in ms. Raises Refused(BAD_PARAMETER)."""
+    if "time" not in call.query:
+        raise Refused(Code.BAD_PARAMETER, "time: the parameter is missing")
+    return intake.number(call.query, "time", 0, low=0, high=10**14)

@@ -50,6 +50,11 @@ class Store:
         self._jobs.put((job, future))
         return future
 
+    @property
+    def pending(self) -> asyncio.Future[Any] | None:
+        """The newest job while it is not on disk; when it is, all before it are."""
+        return self._newest if self._newest is not None and not self._newest.done() else None
+
     async def settled(self) -> None:
         """Return once everything handed in so far is on disk; at once when it is already."""
         if self._newest is not None and not self._newest.done():
