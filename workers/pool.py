@@ -25,6 +25,9 @@ from bus.messages import Failure, encode
 
 log = logging.getLogger(__name__)
 
+LEAVE_S = 2.0
+"""How long the bus may take to confirm that we take no more; nats-py by itself waits 10 s for a server that has gone."""
+
 Answer = Callable[[bytes], Awaitable[bytes]]
 
 
@@ -104,12 +107,14 @@ async def serving(bus: Bus, exchanges: Iterable[str], answer: Answer, *, max_in_
                 await pool.finished()
         finally:
             bus.leaving = True
-            with contextlib.suppress(nats.errors.Error):  # without a bus there is nobody to take leave of
-                await broker.stop()
+            with contextlib.suppress(nats.errors.Error, TimeoutError):  # without a bus there is nobody to take leave of
+                async with asyncio.timeout(LEAVE_S):
+                    await broker.stop()
 
 
 async def _stop_taking(subscriber: Any) -> None:
     # broker.stop() alone unsubscribes and throws away what had arrived (measured: 5 of 40 lost).
     subscription, subscriber.subscription = subscriber.subscription, None
-    with contextlib.suppress(nats.errors.Error):  # no answer from the bus: what is in flight is finished all the same
-        await subscription.drain()
+    with contextlib.suppress(nats.errors.Error, TimeoutError):  # no answer from the bus: what is in flight is finished all the same
+        async with asyncio.timeout(LEAVE_S):
+            await subscription.drain()
