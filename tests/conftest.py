@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests import servers
+from tests import paper, servers
 from tests.host import Host, hosting
 
 
@@ -31,3 +31,16 @@ async def host(shared_system: servers.System) -> AsyncIterator[Host]:
 def state(tmp_path: Path) -> Path:
     """A state folder with a short path: a unix socket's may have 107 characters."""
     return tmp_path / "s"
+
+
+@pytest.fixture
+def clock() -> paper.Clock:
+    """The paper exchange's time: stands still until a test moves it."""
+    return paper.Clock()
+
+
+@pytest_asyncio.fixture
+async def client(tmp_path: Path, clock: paper.Clock) -> AsyncIterator[paper.Client]:
+    """A paper exchange of the test's own, and a bare client of it."""
+    async with paper.exchange(tmp_path / "paper", clock) as made:
+        yield made

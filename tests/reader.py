@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 from aiohttp import WSMsgType
 
-from tests.test_paper_server import Client
+from tests.paper import Client
 from workers.venues.paper.auth import sign
 
 UNPACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.decompress, "deflate_raw": lambda data: zlib.decompress(data, -15)}

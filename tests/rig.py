@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.test_paper_server import GOOD, Client, Clock, exchange
+from tests.paper import GOOD, Client, Clock, exchange
 
 ORDERS = "/api/v1/orders"
 

@@ -3,27 +3,12 @@
 import asyncio
 import random
 import zlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
-
+from tests.paper import NOW_S, README, Client, Clock, exchange
 from tests.reader import BTC, Book, arm, connected, depth
-from tests.test_paper_server import NOW_S, README, Client, Clock, exchange
 from workers.venues.paper import market as model
 from workers.venues.paper.markets import MARKETS
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def client(tmp_path: Path, clock: Clock) -> AsyncIterator[Client]:
-    async with exchange(tmp_path / "paper", clock) as made:
-        yield made
-
 
 # The book
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.paper import README
 from tests.rig import Rig, rigged, send
-from tests.test_paper_server import README
 from workers.venues.paper.faults import KINDS
 
 

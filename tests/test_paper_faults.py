@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.paper import GOOD, NOW_S, Clock
 from tests.rig import ORDERS, Rig, rigged, send
-from tests.test_paper_server import GOOD, NOW_S, Clock
 from workers.venues.paper.faults import Fault, FaultError, Faults, Wanted, scheduled, wanted
 
 TICKER = "/api/v1/ticker?symbol=BTC_USDT"

@@ -1,6 +1,5 @@
 """The mark price and funding of the swaps: pure, bounded, exchanged once an interval, and no money made or lost by it."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.paper import Client, Clock, exchange
 from tests.test_paper_engine import balance, place, sound, ticket
-from tests.test_paper_server import Client, Clock, exchange
 from workers.venues.paper import funding
 from workers.venues.paper import market as model
 from workers.venues.paper.accounts import PositionKey
@@ -172,12 +171,6 @@ def test_liquidation_goes_by_the_mark_price_and_not_by_the_last() -> None:
 @pytest.fixture
 def clock() -> Clock:
     return Clock(END_S - 100)
-
-
-@pytest.fixture
-async def client(tmp_path: Path, clock: Clock) -> AsyncIterator[Client]:
-    async with exchange(tmp_path / "paper", clock) as made:
-        yield made
 
 
 async def test_mark_price_and_funding_are_public(client: Client) -> None:

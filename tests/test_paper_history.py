@@ -2,17 +2,15 @@
 
 import random
 from array import array
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.paper import NOW_S, Client, Clock
 from tests.reader import depth
 from tests.test_paper_engine import place, ticket
-from tests.test_paper_server import NOW_S, Client, Clock, exchange
 from workers.venues.paper import history as module
 from workers.venues.paper import market as model
 from workers.venues.paper import quotes
@@ -23,17 +21,6 @@ from workers.venues.paper.markets import MARKETS
 from workers.venues.paper.quotes import View
 
 NOW_MS = NOW_S * 1000
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def client(tmp_path: Path, clock: Clock) -> AsyncIterator[Client]:
-    async with exchange(tmp_path / "paper", clock) as made:
-        yield made
 
 
 async def then(client: Client, time_ms: int, *, limit: int = LEVELS, symbol: str = "BTC_USDT") -> Any:

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from bus import paper
 from tests.host import hosting
+from tests.paper import GOOD, NOW_S, README
 from tests.rig import ORDERS, Answer, Rig, rigged, send
 from tests.servers import System
 from tests.test_command import fmzbus
-from tests.test_paper_server import GOOD, NOW_S, README
 from tests.test_paper_store import SERVE
 from workers.venues.paper import auth, ledger, replies
 from workers.venues.paper.ledger import Query, account_hash, read

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_paper_server import NOW_S, Clock, exchange
+from tests.paper import NOW_S, Clock, exchange
 from workers.venues.paper import schema
 from workers.venues.paper.store import database
 

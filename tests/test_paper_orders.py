@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import sqlite3
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_paper_server import GOOD, NOW_S, Client, Clock, exchange, until
+from tests.paper import GOOD, NOW_S, Client, Clock, exchange, until
 from workers.venues.paper import market as model
 from workers.venues.paper.markets import MARKETS
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def client(tmp_path: Path, clock: Clock) -> AsyncIterator[Client]:
-    async with exchange(tmp_path / "paper", clock) as made:
-        yield made
 
 
 async def test_an_order_lives_and_is_found_by_both_ids(client: Client, clock: Clock) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from tests.paper import README, Clock, exchange
 from tests.test_paper_engine import NOW_MS, balance, place, sound, ticket
-from tests.test_paper_server import README, Clock, exchange
 from workers.venues.paper import market as model
 from workers.venues.paper.accounts import FEE_ACCOUNT, PositionKey
 from workers.venues.paper.engine import Engine

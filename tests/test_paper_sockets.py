@@ -5,7 +5,6 @@ import gc
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,13 @@ from aiohttp import WSMsgType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.paper import NOW_S, README, Client, Clock, exchange, until
 from tests.reader import BTC, Book, connected, depth
-from tests.test_paper_server import NOW_S, README, Client, Clock, exchange, until
 from workers.venues.paper import channels, connection, sockets
 from workers.venues.paper import market as model
 from workers.venues.paper.auth import sign
 from workers.venues.paper.errors import Refused
 from workers.venues.paper.markets import MARKETS
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def client(tmp_path: Path, clock: Clock) -> AsyncIterator[Client]:
-    async with exchange(tmp_path / "paper", clock) as made:
-        yield made
-
 
 # Login
 

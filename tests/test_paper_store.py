@@ -7,30 +7,18 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.test_paper_server import GOOD, README, Client, Clock, exchange, until
+from tests.paper import GOOD, README, Client, Clock, exchange, until
 from workers.venues.paper.engine import Engine
 from workers.venues.paper.markets import MARKETS
 from workers.venues.paper.schema import restore
 from workers.venues.paper.server import serving
 from workers.venues.paper.store import Store, database
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def client(tmp_path: Path, clock: Clock) -> AsyncIterator[Client]:
-    async with exchange(tmp_path / "paper", clock) as made:
-        yield made
 
 
 async def test_the_ledger_has_every_order_request_and_what_became_of_it(client: Client, tmp_path: Path) -> None:
