@@ -16,7 +16,7 @@ from bridge.caller import Caller
 from bridge.routes import Routes
 from bus import config
 from bus.connection import Bus
-from bus.errors import BadRequest, BusError, Busy, Internal, NoWorker, OutcomeUnknown, TimedOut
+from bus.errors import BadRequest, BusError, Busy, Internal, NoWorker, TimedOut, outcome_unknown
 from bus.messages import Failure, Request, Spans, encode_exact
 from bus.methods import is_write
 from bus.metrics import Metrics
@@ -93,7 +93,7 @@ class Bridge:
             body = await self._read(request, started)
             call = fmz.decode(body, request.headers.get("Http-Method", ""))
             method = call.method.name
-            route = self._routes.find(request.path)
+            route = self._routes.find(request.rel_url.raw_path)
             if route.known:
                 exchange = route.exchange
             if self.in_flight > self._settings.max_in_flight:
@@ -134,7 +134,7 @@ class Bridge:
         except Exception:
             log.exception("unhandled error")  # the traceback stays here, the host gets one line
             told = "internal error, see the bridge's log"
-            error = OutcomeUnknown(f"{told}; client order id {key}") if key else Internal(told)
+            error = outcome_unknown(told, key) if key else Internal(told)
             content, outcome = fmz.refuse(error), error.code
         finally:
             self._open_keys.discard(key)

@@ -14,8 +14,9 @@ from nats.aio.msg import Msg
 
 from bus import subjects
 from bus.connection import Bus
-from bus.errors import BusError, Internal, NoWorker, OutcomeUnknown, TimedOut
+from bus.errors import BusError, Internal, NoWorker, TimedOut, outcome_unknown
 from bus.messages import Reply, decode_reply
+from bus.methods import METHODS
 from bus.metrics import Metrics
 
 NO_RESPONDERS = "503"
@@ -39,7 +40,7 @@ class Caller:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Msg] = loop.create_future()
         self._waiting[token] = answered
-        timer = loop.call_later(timeout_s, self._give_up, answered, exchange, key)
+        timer = loop.call_later(timeout_s, self._give_up, answered, exchange, method, key)
         try:
             await self._bus.nc.publish(subjects.rpc(exchange, method), frame, reply=self._inbox + token)
             message = await answered
@@ -51,14 +52,14 @@ class Caller:
         try:
             return decode_reply(message.data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-            raise _silence(exchange, key, "an unreadable reply") if key else Internal("unreadable reply of a worker") from e
+            what = f"an unreadable reply from a worker of {exchange}"
+            raise _unknown(method, key, what) if key else Internal(what) from e
 
     @staticmethod
-    def _give_up(answered: asyncio.Future[Msg], exchange: str, key: str) -> None:
+    def _give_up(answered: asyncio.Future[Msg], exchange: str, method: str, key: str) -> None:
         if not answered.done():
-            answered.set_exception(
-                _silence(exchange, key, "no answer in time") if key else TimedOut(f"no answer from a worker of {exchange} in time")
-            )
+            what = f"no answer from a worker of {exchange} in time"
+            answered.set_exception(_unknown(method, key, what) if key else TimedOut(what))
 
     async def _on_reply(self, message: Msg) -> None:
         answered = self._waiting.get(message.subject[len(self._inbox) :])
@@ -68,8 +69,8 @@ class Caller:
             answered.set_result(message)
 
 
-def _silence(exchange: str, key: str, what: str) -> BusError:
-    return OutcomeUnknown(f"{what} from a worker of {exchange}; the order may be alive, look before you repeat it; client order id {key}")
+def _unknown(method: str, key: str, what: str) -> BusError:
+    return outcome_unknown(what, key if METHODS[method].places else "")
 
 
 @asynccontextmanager

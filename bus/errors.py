@@ -99,6 +99,12 @@ class Internal(BusError):
 ERRORS: dict[str, type[BusError]] = {error.code: error for error in BusError.__subclasses__()}
 
 
+def outcome_unknown(what: str, client_order_id: str = "") -> OutcomeUnknown:
+    """The one way to say it: what happened, what it means, and by what to look the order up, "" where nothing was placed by this call."""
+    named = f"; client order id {client_order_id}" if client_order_id else ""
+    return OutcomeUnknown(f"{what}; the order may be alive, look before you repeat it{named}")
+
+
 def from_wire(code: str, message: str) -> BusError:
     """The error a peer sent. A code of a newer peer reads as Internal, with its message."""
     return ERRORS.get(code, Internal)(message)

@@ -33,6 +33,7 @@ class Method(Struct, frozen=True):
 
     params: what travels to the worker; result: what it answers, in the host's shape.
     write: the exchange changes by it, so it goes out at most once and an ambiguous failure is OutcomeUnknown.
+    places: it creates an order, whose client order id is the idempotency key.
     io: the code of a futures call, which a host sends as method `io`; None for a call by its own name.
     local: answered by the worker from the session state, without a call to the exchange.
     """
@@ -41,6 +42,7 @@ class Method(Struct, frozen=True):
     params: type[Struct]
     result: Any
     write: bool = False
+    places: bool = False
     io: int | None = None
     local: bool = False
 
@@ -58,7 +60,7 @@ METHODS: dict[str, Method] = {
         Method("trades", Market, list[TradeRow]),
         Method("records", Records, list[Candle]),
         Method("accounts", Empty, list[Balance]),
-        Method("trade", Trade, Placed, write=True),
+        Method("trade", Trade, Placed, write=True, places=True),
         Method("order", OrderRef, Order),
         Method("orders", OrderList, list[Order]),
         Method("cancel", OrderRef, bool, write=True),

@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 
 class Host:
@@ -39,9 +40,11 @@ class Host:
         """A futures call: 0 SetMarginLevel, 1 SetDirection, 2 SetContractType, 3 GetPosition."""
         return await self(path, "io", code=code, args=list(args))
 
-    async def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> dict[str, Any]:
-        """POST any bytes. Asserts what every answer must be: HTTP 200, JSON, exactly one of data and error."""
-        async with self.session.post(f"{self.address}/{path.lstrip('/')}", data=body, headers=headers) as response:
+    async def post(self, path: str | URL, body: Any, headers: dict[str, str] | None = None) -> dict[str, Any]:
+        """POST any bytes, to a path or a whole URL. Asserts what every answer must be: HTTP 200, JSON, exactly one of data and error."""
+        async with self.session.post(
+            path if isinstance(path, URL) else f"{self.address}/{path.lstrip('/')}", data=body, headers=headers
+        ) as response:
             content = await response.read()
             assert response.status == 200, (response.status, content)
             assert response.content_type == "application/json"

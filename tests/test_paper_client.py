@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from yarl import URL
 
 from tests.host import Host
 from workers.venues.paper.client import _matches, instrument
@@ -154,3 +155,9 @@ async def test_keys_of_any_form_can_sign(host: Host) -> None:
     for access_key, secret_key in (("键", "秘密"), ("pem", pem), ("comma", "secret,trade password")):
         reply = await host.other(access_key, secret_key)("paper", "accounts")
         assert "data" in reply, reply
+
+
+async def test_a_path_is_decoded_once(host: Host) -> None:
+    body = msgspec.json.encode({"method": "ticker", "params": {"symbol": "BTC_USDT"}})
+    assert "data" in await host.post(URL(f"{host.address}/%70aper", encoded=True), body)
+    assert (await host.post(URL(f"{host.address}/%2570aper", encoded=True), body))["error"].startswith("no exchange named '%70aper' here")

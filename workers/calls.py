@@ -11,7 +11,7 @@ from msgspec import Raw, Struct
 
 from bus.config import Venue as Settings
 from bus.connection import Bus
-from bus.errors import BadRequest, BusDown, BusError, Expired, Internal, OutcomeUnknown, TimedOut
+from bus.errors import BadRequest, BusDown, BusError, Expired, Internal, TimedOut, outcome_unknown
 from bus.messages import (
     ContractType,
     Direction,
@@ -61,7 +61,7 @@ class Calls:
         try:
             request, opened = self._opener.open(data)
             method, params = _decode(request)
-            call = self._call(request, opened, write=is_write(method, params))
+            call = self._call(request, opened, method, write=is_write(method, params))
             try:
                 async with asyncio.timeout(call.left_s()):
                     result = await self._run(method, call, params)
@@ -80,14 +80,14 @@ class Calls:
         self._count(request, call, reply, elapsed)
         return encode(reply)
 
-    def _call(self, request: Request, opened: Opened, *, write: bool) -> Call:
+    def _call(self, request: Request, opened: Opened, method: Method, *, write: bool) -> Call:
         call = Call(
             self._http,
             exchange=request.exchange,
             path=request.path,
             credentials=opened.credentials,
             account=opened.account,
-            client_order_id=request.idempotency_key,
+            client_order_id=request.idempotency_key if method.places else "",
             expires_at_ms=request.expires_at_ms,
             now_ms=self._bus.now_ms,
             write=write,
@@ -215,7 +215,7 @@ def _redacted(text: str, call: Call | None) -> str:
 
 def _internal(call: Call | None) -> BusError:
     if call is not None and call.write and call.sent:
-        return OutcomeUnknown(f"internal error after the request was sent, see the worker's log; client order id {call.client_order_id}")
+        return outcome_unknown("internal error after the request was sent, see the worker's log", call.client_order_id)
     return Internal("internal error, see the worker's log")
 
 

@@ -15,7 +15,7 @@ import msgspec
 import yarl
 from msgspec import Struct
 
-from bus.errors import BusError, Expired, OutcomeUnknown, RateLimited, TimedOut, VenueUnavailable
+from bus.errors import BusError, Expired, RateLimited, TimedOut, VenueUnavailable, outcome_unknown
 from bus.metrics import Metrics
 from bus.seal import Credentials
 from bus.sessions import Session
@@ -47,8 +47,8 @@ class Answer(Struct, frozen=True):
 class Call:
     """One request on its way through a venue.
 
-    exchange: the host's name for it. credentials: of this very request. account: their short hash. client_order_id: the idempotency
-    key. session: futures state, read once at the start. write: the exchange may change by it.
+    exchange: the host's name for it. credentials: of this very request. account: their short hash. client_order_id: of the order
+    that this call places, "" for any other. session: futures state, read once at the start. write: the exchange may change by it.
     """
 
     __slots__ = (
@@ -115,8 +115,7 @@ class Call:
 
     def failed(self, text: str, otherwise: type[BusError]) -> BusError:
         if self.write and self.sent:
-            named = f"; client order id {self.client_order_id}" if self.client_order_id else ""
-            return OutcomeUnknown(f"{text}; the order may be alive, look before you repeat it{named}")
+            return outcome_unknown(text, self.client_order_id)
         return otherwise(text)
 
 

@@ -23,6 +23,7 @@ from bus.connection import Bus
 from bus.errors import BusError
 from bus.logs import redact
 from bus.messages import Failure, Request, Success, decode_reply, encode, encode_exact
+from bus.methods import METHODS
 from bus.metrics import Metrics
 from bus.seal import Credentials, Opener, Sealer, frame, new_keys
 from bus.sessions import Session, Sessions
@@ -164,7 +165,8 @@ class Boundary:
 
     async def call(self, method: str, params: Struct, keys: tuple[str, str], *, left_s: float, exchange: str) -> Answered:
         """One request of a host's. Raises Stuck."""
-        data, client_order_id = self.frame(method, params, keys, left_s, exchange)
+        data, key = self.frame(method, params, keys, left_s, exchange)
+        client_order_id = key if METHODS[method].places else ""
         before, self.ear.trace, started = len(self._seen), "", time.monotonic()
         reply = decode_reply(await self._inside(self._in.calls.answer(data), left_s + PATIENCE_S, method))
         answered = Answered(method, None, "", "", client_order_id, time.monotonic() - started, self._seen[before:], self.ear.trace)
