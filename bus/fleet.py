@@ -23,6 +23,7 @@ from bus.lifecycle import running
 
 BEAT_S = 0.5
 GONE_S = 2.0
+MANY = 256
 
 
 class Presence(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -114,6 +115,8 @@ class Fleet:
                 self._heard.pop(presence.process, None)
             else:
                 self._heard[presence.process] = (self._clock(), presence)
+                if len(self._heard) > MANY:
+                    self.alive()  # a process that was killed says no good-bye: forget those, or a year of restarts adds up
 
     @property
     def settled(self) -> bool:

@@ -7,7 +7,7 @@ from nats.aio.msg import Msg
 
 from bus import server
 from bus.connection import connected
-from bus.fleet import GONE_S, Fleet, Presence, announced, followed
+from bus.fleet import GONE_S, MANY, Fleet, Presence, announced, followed
 from tests import servers
 
 
@@ -24,6 +24,16 @@ async def test_a_silent_process_is_gone_but_its_exchange_keeps_its_name() -> Non
     now += GONE_S + 0.1
     assert fleet.alive() == []
     assert fleet.exchanges == {"paper"}
+
+
+async def test_processes_that_were_killed_do_not_add_up() -> None:
+    now = 0.0
+    fleet = Fleet(clock=lambda: now)
+    for number in range(2 * MANY):
+        now += GONE_S / 4
+        await fleet.hear(beat(process=f"w-{number}"))
+    assert len(fleet._heard) <= MANY
+    assert {one.process for one in fleet.alive()} == {f"w-{2 * MANY - 1 - ago}" for ago in range(5)}
 
 
 async def test_a_good_bye_counts_at_once() -> None:
