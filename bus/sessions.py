@@ -94,12 +94,12 @@ class Sessions:
 
     async def all(self) -> dict[str, Session]:
         """Every state there is: "okx=2Frobot-7.<account>" -> state."""
-        bucket = await self.open()
+        await self.open()
+        prefix = f"$KV.{subjects.SESSIONS}."
         with _lost_means("futures state cannot be read"):
-            try:
-                keys = await bucket.keys()
-            except nats.js.errors.NoKeysError:
-                return {}
+            # The server's own list of subjects: the bucket's keys() listens to a watch, and may end early on a busy machine.
+            info = await self._js.stream_info(f"KV_{subjects.SESSIONS}", subjects_filter=f"{prefix}>")
+        keys = [subject.removeprefix(prefix) for subject in info.state.subjects or {}]
         return {key: (await self._entry(key))[0] for key in sorted(keys)}
 
     async def clear(self, key: str) -> None:

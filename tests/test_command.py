@@ -173,8 +173,8 @@ async def test_sessions_are_listed_and_cleared(shared_system: System) -> None:
     assert found, out
     status, _, err = await fmzbus(shared_system, "sessions", "clear", "no.such", "--yes")
     assert (status, "no session named no.such" in err) == (1, True)
-    status, out, _ = await fmzbus(shared_system, "sessions", "clear", found[1], "--yes")
-    assert (status, out) == (0, "forgot 1\n")
+    status, out, err = await fmzbus(shared_system, "sessions", "clear", found[1], "--yes")
+    assert (status, out) == (0, "forgot 1\n"), err
     _, out, _ = await fmzbus(shared_system, "sessions")
     assert found[1] not in out
 
