@@ -112,6 +112,7 @@ async def test_a_cancel_can_be_executed_and_lost(rig: Rig) -> None:
 
 
 async def test_latency_lets_a_request_arrive_late(rig: Rig) -> None:
+    await rig.client.get("/api/v1/account")  # the ledger knows accounts: a new key's refused first call opens none
     await rig.arm("latency", seconds=0.7, count=1)
     late = asyncio.create_task(rig.place("late"))
     async with asyncio.timeout(5):
@@ -275,7 +276,7 @@ async def test_a_fault_ends_after_its_time_and_tells_how_long_it_lasts(rig: Rig)
 
 async def test_clear_takes_one_kind_or_all(rig: Rig) -> None:
     for kind in ("drop", "drop", "stall", "http-503"):
-        await rig.arm(kind, symbol="NONE")
+        await rig.arm(kind, symbol="XRP_USDT")
     assert (await rig.control("DELETE", "/faults?kind=drop")).json == {"cleared": 2}
     assert [row["kind"] for row in await rig.armed()] == ["stall", "http-503"]
     assert (await rig.control("DELETE", "/faults?kind=nothing")).status == 400
@@ -331,3 +332,15 @@ def test_socket_faults_are_taken_by_channel_and_symbol() -> None:
     assert faults.take("book-gap", path="depth", symbol="ETH_USDT") is None
     assert faults.take("book-gap", path="depth /api/v1/stream", symbol="BTC_USDT") == Fault(kind="book-gap", number=1, amount=3.0)
     assert faults.take("book-gap", path="depth", symbol="BTC_USDT") is None
+
+
+@pytest.mark.parametrize(
+    ("strange", "said"),
+    [
+        (Wanted(kind="latency", symbol="NOPE"), "symbol: no market is called 'NOPE'"),
+        (Wanted(kind="latency", count=1, probability=0.5), "either count or probability"),
+    ],
+)
+def test_a_fault_that_could_never_strike_as_meant_is_refused(strange: Wanted, said: str) -> None:
+    with pytest.raises(FaultError, match=said):
+        Faults(Clock(), 7).arm(strange)

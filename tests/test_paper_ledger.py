@@ -307,12 +307,12 @@ def typed(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_the_command_lists_arms_schedules_and_clears(on_shared_system: None, tmp_path: Path) -> None:
-    status, out, _ = typed("fault", "latency", "--seconds", "2", "--jitter", "1", "--symbol", "NO_SUCH")
-    assert (status, re.sub(r"#\d+", "#", out)) == (0, "armed # latency, every time, everywhere, for NO_SUCH, --seconds 2, --jitter 1\n")
+    status, out, _ = typed("fault", "latency", "--seconds", "2", "--jitter", "1", "--symbol", "XRP_USDT")
+    assert (status, re.sub(r"#\d+", "#", out)) == (0, "armed # latency, every time, everywhere, for XRP_USDT, --seconds 2, --jitter 1\n")
     file = tmp_path / "night.toml"
-    file.write_text('[[fault]]\nat_s = 3600\nfor_s = 5\nkind = "http-503"\nexecuted = true\nsymbol = "NO_SUCH"\n')
+    file.write_text('[[fault]]\nat_s = 3600\nfor_s = 5\nkind = "http-503"\nexecuted = true\nsymbol = "XRP_USDT"\n')
     status, out, _ = typed("fault", "--schedule", str(file))
-    assert (status, "http-503, every time, everywhere, for NO_SUCH, --executed, begins in 3600 s, lasts 5 s" in out) == (0, True)
+    assert (status, "http-503, every time, everywhere, for XRP_USDT, --executed, begins in 3600 s, lasts 5 s" in out) == (0, True)
     _, out, _ = typed("fault")
     assert re.search(r"^execute-then-drop +executed, then the connection is closed without a reply *$", out, re.M)
     assert re.search(r"^truncated-json .* --executed *$", out, re.M)

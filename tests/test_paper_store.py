@@ -194,3 +194,25 @@ async def test_after_a_kill_everything_that_was_told_is_there(tmp_path: Path, or
     for number, orders in engine.open_orders.items():
         held = sum(market.notional(order.price, order.remaining) for order in orders.values())
         assert engine.accounts.balances[number]["USDT"].frozen == held
+
+
+async def test_an_order_that_waited_for_the_disk_until_it_expired_is_refused(tmp_path: Path) -> None:
+    async with exchange(tmp_path / "paper", time.time) as client:
+        await client.get("/api/v1/account")
+        disk = sqlite3.connect(tmp_path / "paper" / "paper.sqlite3", isolation_level=None)
+        disk.execute("BEGIN IMMEDIATE")  # the exchange cannot write until this ends
+        expires_ms = int(time.time() * 1000) + 300
+        placing = asyncio.ensure_future(client("POST", "/api/v1/orders", GOOD | {"expires_at": expires_ms, "client_order_id": "late"}))
+        await until(lambda: time.time() * 1000 > expires_ms)
+        disk.execute("COMMIT")
+        disk.close()
+        status, refusal = await placing
+        assert (status, refusal["code"]) == (400, 1004)
+        assert (await client("GET", "/api/v1/orders/by-client-id/late"))[0] == 404
+
+
+async def test_a_refused_first_call_opens_no_account(client: Client) -> None:
+    stale = client.signed("GET", "/api/v1/account", b"", time_ms=1)
+    status, refusal = await client("GET", "/api/v1/account", signed=False, headers=stale)
+    assert (status, refusal["code"]) == (401, 1003)
+    assert "balances" in await client.other(client.key, "another secret".replace(" ", "-")).get("/api/v1/account")

@@ -15,6 +15,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
+from workers.venues.paper.markets import MARKETS
+
 ORDERS = "POST /api/v1/orders|DELETE /api/v1/orders*"
 """Requests that place or cancel."""
 
@@ -223,6 +225,10 @@ class Faults:
             raise FaultError(f"{min(strange)}: {wanted.kind} does not take it; its parameters are: {takes}")
         if (seconds := given.get("seconds", 0.0)) < 0 and wanted.kind != "clock-skew":
             raise FaultError(f"seconds: expected 0 or more, got {seconds:g}; only clock-skew may be below")
+        if wanted.count is not None and wanted.probability is not None:
+            raise FaultError("either count or probability")
+        if wanted.symbol and wanted.symbol not in MARKETS:
+            raise FaultError(f"symbol: no market is called {wanted.symbol[:64]!r}; there are: {', '.join(MARKETS)}")
         values = kind.takes | given
         since_s = now_s + wanted.at_s
         armed = Armed(

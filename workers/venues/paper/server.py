@@ -111,6 +111,9 @@ class Exchange:
             except Refused:
                 self.limiter.charge(caller, found.weight, self.clock())
                 raise
+            if not holder.account:  # before an account is opened for it, a new key is looked at as closely as an old one
+                self.limiter.charge(caller, found.weight, self.clock())
+                stamp.check(call.now_ms + call.skew_ms)
             call.account = holder.account or self._bind(holder, call.now_ms)
             caller = f"account {call.account}"
             if found.recorded:
@@ -178,6 +181,7 @@ class Exchange:
             )
         )
         call.client_id_known = received.client_id_known
+        call.now_ms = int(self.clock() * 1000)  # writing took its time: whether the order is still in time is decided now
         executed = False
         try:
             stopped = replies.stopped(met)
