@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
+import aiohttp
 from aiohttp import web
+from aiohttp.web_protocol import _ErrInfo
 from msgspec import Raw
 
 from bridge import fmz
@@ -31,6 +33,42 @@ IDLE_GRACE_S = 1.0
 DRAIN_S = 15.0
 JSON = "application/json"
 ONLY_POST = b'{"error":"POST an FMZ request here, as a robot does; see the README"}'
+MALFORMED = "body: not a well-formed POST (a bad head, length or chunk, or a header over 8190 bytes)"
+
+
+class _Connection(web.RequestHandler):
+    """One connection of a host. What is wrong with its HTTP is told as an envelope: aiohttp's own words quote the bytes that came."""
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        request = self._current_request
+        broken = self._messages and isinstance(self._messages[-1][0], _ErrInfo)
+        if broken and request is not None and not request.content.is_eof():
+            self._lingering_time = 0.0  # aiohttp tells a body that breaks in a later packet to nobody, and would wait for its rest
+            request.content.set_exception(web.RequestPayloadError(MALFORMED))
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        error: BusError
+        if status < 500:
+            log.warning("malformed HTTP", extra={"fields": {"error": type(exc).__name__}})
+            error = BadRequest(MALFORMED)
+        else:
+            log.error("unhandled error", exc_info=exc)
+            error = Internal("internal error, see the bridge's log")
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun already")
+        response = web.Response(body=fmz.refuse(error), content_type=JSON, headers={"Connection": "close"})
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
 
 
 class Bridge:
@@ -59,7 +97,7 @@ class Bridge:
         self._idle = asyncio.Event()
         self.in_flight = 0
         self.draining = False
-        self.server = web.Server(
+        self.server = _Server(
             self.handle,
             access_log=None,
             request_factory=partial(web.BaseRequest, loop=asyncio.get_running_loop(), client_max_size=settings.max_body_kib * 1024),
@@ -87,12 +125,13 @@ class Bridge:
         if request.method != "POST":
             return web.Response(body=ONLY_POST, status=405, content_type=JSON, headers={"Allow": "POST"})
         exchange, method, outcome, key = "unknown", "unknown", "ok", ""
+        keys: tuple[str, ...] = ()
         spans: Spans | None = None
         waited = 0.0
         try:
             body = await self._read(request, started)
             call = fmz.decode(body, request.headers.get("Http-Method", ""))
-            method = call.method.name
+            method, keys = call.method.name, (call.access_key, call.secret_key)
             route = self._routes.find(request.rel_url.raw_path)
             if route.known:
                 exchange = route.exchange
@@ -130,7 +169,7 @@ class Bridge:
                 raise reply.error
             content = fmz.answer(reply)
         except BusError as e:
-            content, outcome = fmz.refuse(e), e.code
+            content, outcome = fmz.refuse(e, *keys), e.code
         except Exception:
             log.exception("unhandled error")  # the traceback stays here, the host gets one line
             told = "internal error, see the bridge's log"
@@ -161,7 +200,7 @@ class Bridge:
             raise BadRequest(f"body: expected at most {self._settings.max_body_kib} KiB") from e
         except TimeoutError as e:
             raise TimedOut("the body did not arrive") from e
-        except web.RequestPayloadError as e:
+        except (aiohttp.ClientError, ConnectionError, web.RequestPayloadError) as e:
             raise BadRequest("body: broken off or badly chunked") from e
 
     def _key(self, path: str, call: fmz.HostCall, params: bytes) -> str:

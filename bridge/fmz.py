@@ -27,6 +27,11 @@ MAX_LIMIT = 5000
 HIGHEST_EXPONENT = 30
 UNIQUE_NONCE = 10**18
 MILLISECONDS_AS_NS = 10**6
+BLANK = "***"
+SHOWN = (39, 38)
+"""So many signs of a longer key are left where `shown` has cut it, behind one quotation mark or two."""
+LEAST_SECRET = 8
+"""A key of fewer signs is a word, not a secret."""
 BOM = b"\xef\xbb\xbf"
 
 
@@ -68,24 +73,28 @@ def decode(body: bytes, verb: str = "") -> HostCall:
     except (UnicodeDecodeError, RecursionError) as e:
         raise BadRequest("body: not the JSON of an FMZ request (bad UTF-8, or nested too deep)") from e
     params = envelope.params or {}
-    method: Method | None
-    converted: Struct
     try:
         access_key = _text(params.pop("access_key", _NULL)) or _key(envelope.access_key)
         secret_key = _text(params.pop("secret_key", _NULL)) or _key(envelope.secret_key)
     except ValueError as e:  # without the value: it is a key
         raise BadRequest("params: access_key and secret_key: expected strings") from e
-    if envelope.method.startswith(API):
-        method, converted = METHODS["__api"], _api(envelope.method[len(API) :], verb, params, body)
-    elif envelope.method == "io":
-        method, converted = _io(params)
-    else:
-        method = METHODS.get(envelope.method)
-        if method is None or method.io is not None or method.params is Api:
-            raise not_supported(envelope.method)
-        converted = _params(method, params)
+    try:
+        method, converted = _call(envelope.method, verb, params, body)
+    except BadRequest as e:
+        raise BadRequest(_blanked(str(e), access_key, secret_key)) from None
     # A key from a file ends with a newline that is not part of it; the ones inside a PEM are (fmz-protocol C.5).
     return HostCall(access_key.rstrip("\r\n"), secret_key.rstrip("\r\n"), method, converted, _nonce(envelope.nonce))
+
+
+def _call(name: str, verb: str, params: dict[str, Raw], body: bytes) -> tuple[Method, Struct]:
+    if name.startswith(API):
+        return METHODS["__api"], _api(name[len(API) :], verb, params, body)
+    if name == "io":
+        return _io(params)
+    method = METHODS.get(name)
+    if method is None or method.io is not None or method.params is Api:
+        raise not_supported(name)
+    return method, _params(method, params)
 
 
 def not_supported(method: str) -> BadRequest:
@@ -100,9 +109,18 @@ def answer(reply: Success) -> bytes:
     return b'{"data":%b,"raw":%b}' % (data, raw) if raw else b'{"data":%b}' % data
 
 
-def refuse(error: BusError) -> bytes:
-    """The envelope of a failure: HTTP 200 all the same, the text is what the robot's log shows."""
-    return msgspec.json.encode({"error": error.text})
+def refuse(error: BusError, *keys: str) -> bytes:
+    """The envelope of a failure: HTTP 200 all the same, the text is what the robot's log shows, without the keys in it."""
+    return msgspec.json.encode({"error": type(error)(_blanked(str(error), *keys)).text})
+
+
+def _blanked(text: str, *keys: str) -> str:
+    """The text without the keys: a robot may have one in another field by mistake, and refusals quote fields."""
+    for key in keys:
+        for part in (key, *key.replace(",", "\n").splitlines()):
+            for form in (part, *(part[:count] for count in SHOWN)):
+                text = text.replace(form, BLANK) if len(form) >= LEAST_SECRET else text
+    return text
 
 
 def idempotency_key(path: str, call: HostCall, params: bytes, *, by_nonce: bool) -> str:

@@ -20,6 +20,7 @@ from tests.exchanges import Exchange
 
 ACCESS, SECRET = "AKIAdistinctive", "topsecretdistinctive"
 NOT_JSON = "body: not the JSON of an FMZ request"
+MALFORMED = "body: not a well-formed POST (a bad head, length or chunk, or a header over 8190 bytes)"
 DEADLINE_S = 3.0
 
 
@@ -334,15 +335,68 @@ async def test_a_client_that_asks_before_it_sends_is_told_to_go_on(wire: Wire) -
         SECRET.encode() + b"\r\n\r\n",
         b"POST /" + SECRET.encode() + b"\xff HTTP/1.1\r\n\r\n",
         b"POST /null HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}" + SECRET.encode() + b"\r\n\r\n",
+        b"POST /null HTTP/1.1\r\nHost: b\r\n\r\n" + call("accounts"),
+        b"POST /null HTTP/1.1\r\nX-Key: " + SECRET.encode() * 500 + b"\r\n\r\n",
+        b"POST /null HTTP/1.1\r\nContent-Length: " + SECRET.encode() + b"\r\n\r\n",
     ],
-    ids=["chunk", "verb", "path", "too much"],
+    ids=["chunk", "verb", "path", "too much", "no length", "a long header", "length"],
 )
-async def test_what_is_not_http_is_400_and_is_not_quoted_in_the_log(malformed: bytes, wire: Wire, system: servers.System) -> None:
+async def test_what_is_not_http_is_answered_in_json_and_quoted_nowhere(malformed: bytes, wire: Wire, system: servers.System) -> None:
     wire.writer.write(malformed)
+    got = await wire.receive()
+    assert got.error == MALFORMED
+    assert got.headers["connection"] == "close"
     async with asyncio.timeout(10):
-        assert b" 400 Bad Request" in await wire.reader.read()
+        assert await wire.reader.read() == b""
     for log in system.state.glob("logs/bridge-*"):
         assert SECRET not in log.read_text()
+
+
+async def test_a_body_that_breaks_in_a_later_packet_is_answered_at_once(wire: Wire, exchange: Exchange) -> None:
+    body = call("trade", TRADE)
+    wire.writer.write(b"POST /bitgo HTTP/1.1\r\nHost: b\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (len(body), body))
+    await wire.writer.drain()
+    await asyncio.sleep(0.1)
+    wire.writer.write(b"no length\r\n")
+    async with asyncio.timeout(DEADLINE_S / 2):
+        assert (await wire.receive()).error == "body: broken off or badly chunked"
+        assert await wire.reader.read() == b""
+    assert exchange.requests == []
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 500", b"Transfer-Encoding: chunked"], ids=["length", "chunked"])
+async def test_a_host_that_hangs_up_in_the_middle_of_a_body_is_no_surprise(
+    framing: bytes, address: str, system: servers.System, exchange: Exchange
+) -> None:
+    exchange.will()
+    for abort in (True, False):
+        async with connection(address) as wire:
+            wire.writer.write(b"POST /bitgo HTTP/1.1\r\nHost: b\r\n" + framing + b"\r\n\r\n5\r\n{")
+            await wire.writer.drain()
+            await asyncio.sleep(0.1)
+            if abort:
+                wire.writer.transport.abort()
+    async with connection(address) as wire:
+        assert await wire.is_kept()
+    for log in system.state.glob("logs/bridge-*"):
+        assert "unhandled error" not in log.read_text()
+    assert exchange.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "text"),
+    [
+        ("/bitgo", call(SECRET), "*** not support"),
+        ("/bitgo", call(SECRET * 10, secret_key=SECRET * 10), "'***... (200 long) not support"),
+        ("/bitgo", call("trade", TRADE | {"price": SECRET * 10}, secret_key=SECRET * 10), f"{PRICE}'\"***... (202 long)"),
+        ("/bitgo", call("ticker", {"symbol": f"{ACCESS} {SECRET}"}), f"{SYMBOL}'*** ***'"),
+        (f"/{SECRET}", call("ticker", {"symbol": "BTC"}), "no exchange named '***' here; there are: bitgo, null, paper"),
+    ],
+    ids=["method", "long method", "long price", "symbol", "path"],
+)
+async def test_a_key_in_a_wrong_place_is_not_told_again(path: str, body: bytes, text: str, wire: Wire, exchange: Exchange) -> None:
+    assert (await wire.post(body, path)).error == text
+    assert exchange.requests == []
 
 
 async def test_a_compressed_body_is_not_inflated(wire: Wire) -> None:

@@ -225,8 +225,9 @@ async def test_unknown_orders_and_ids_that_are_none(host: Host, exchange: Exchan
     assert await host("bitgo", "order", symbol="BTC_CNY", id="999999") == {"error": "order not found"}
     exchange.will()
     for method in ("order", "cancel"):
-        text = (await host("bitgo", method, symbol="BTC_CNY", id="abc"))["error"]
-        assert text == "id: expected the whole number that trade answered, got 'abc'"
+        for wrong in ("abc", "１２", "²"):
+            text = (await host("bitgo", method, symbol="BTC_CNY", id=wrong))["error"]
+            assert text == f"id: expected the whole number that trade answered, got '{wrong}'"
     assert exchange.requests == []
 
 

@@ -1,18 +1,32 @@
 """One call to an exchange that fails in every way a real one does, seen from the host: a write is sent once and never called failed."""
 
+import asyncio
 import hmac
 import re
 from collections.abc import AsyncIterator
-from typing import Any
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
+from msgspec import Raw
 
-from bus import server
-from bus.errors import SILENCED
+from bus import logs, seal, server
+from bus.config import Venue
+from bus.connection import Bus
+from bus.errors import SILENCED, Expired, OutcomeUnknown, RateLimited
+from bus.messages import Balance, Empty, Failure, Reply, Request, decode_reply, encode_exact
+from bus.metrics import Metrics
+from bus.seal import Credentials
+from bus.sessions import Sessions
 from tests import exchanges, servers
 from tests.exchanges import DROPPED, SILENT, Answer, Exchange, json
 from tests.host import Host, hosting
+from workers.calls import Calls
+from workers.http import Call, opened
+from workers.venues.bitgo import Bitgo
 
 UNREADABLE = "bitgo answered in another format than its venue expects, see the worker's log"
 HTML = b"<html><body>Bad Gateway</body></html>"
@@ -231,6 +245,131 @@ async def test_a_raw_call_to_another_address_is_refused(host: Host, exchange: Ex
     exchange.will()
     assert await host("paper", f"__api_{resource}") == {"error": "method: a raw call reaches the paper exchange only"}
     assert exchange.requests == []
+
+
+# ---------------------------------------------------------------- a venue that fails
+
+
+ACCESS, SECRET, PEM = "AKdistinctive", "SKdistinctive", "MIIEdistinctivePemLine"
+
+
+class Rude(Bitgo):
+    """Raises what it is told to, with the keys in it."""
+
+    error: type[BaseException] = Exception
+
+    async def accounts(self, call: Call, _params: Empty) -> list[Balance]:
+        raise self.error(call.credentials.access_key, call.credentials.secret_key)
+
+
+async def answered(error: type[BaseException], folder: Path) -> Reply:
+    """What a worker replies when its venue raises the error."""
+    venue = Rude("rude", Venue())
+    venue.error = error
+    seal.new_keys(folder)
+    key_id, sealed, mac_key = seal.Sealer(folder).box(ACCESS, f"{SECRET},{PEM}\n{PEM}2\n")
+    request = Request(
+        exchange="rude",
+        path="rude",
+        method="accounts",
+        params=Raw(b"{}"),
+        expires_at_ms=10_000,
+        idempotency_key="",
+        key_id=key_id,
+        sealed=sealed,
+    )
+    bus = cast("Bus", SimpleNamespace(now_ms=Clock()))
+    async with opened({}, 10.0, metrics := Metrics()) as http:
+        calls = Calls(bus, seal.Opener(folder), cast("Sessions", None), {"rude": cast("Any", venue)}, http, metrics)
+        return decode_reply(await calls.answer(seal.frame(encode_exact(request), mac_key)))
+
+
+@pytest.mark.parametrize("error", [Exception, KeyError, ValueError, asyncio.CancelledError, SystemExit], ids=lambda error: error.__name__)
+async def test_whatever_a_venue_raises_is_answered_and_logged_without_keys(
+    error: type[BaseException], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = await answered(error, tmp_path / "keys")
+    assert isinstance(reply, Failure)
+    assert "see the worker's log" in reply.message
+    (record,) = [record for record in caplog.records if record.name == "workers.calls"]
+    line = logs.JsonLines("worker").format(record)
+    assert error.__name__ in line
+    assert "in accounts" in line
+    for secret in (ACCESS, SECRET, PEM):
+        assert secret not in line
+
+
+async def test_a_worker_that_is_stopped_stops(tmp_path: Path) -> None:
+    class Stopped(asyncio.CancelledError):
+        def __init__(self, *_keys: str) -> None:
+            task = asyncio.current_task()
+            assert task
+            task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(answered(Stopped, tmp_path / "keys"))
+
+
+# ---------------------------------------------------------------- side calls of a write
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.ms = 0
+
+    def __call__(self) -> int:
+        return self.ms
+
+
+@asynccontextmanager
+async def calling(clock: Clock) -> AsyncIterator[Call]:
+    """An order on its way through a venue, with 10 s until its deadline."""
+    async with opened({}, 10.0, Metrics()) as http:
+        yield Call(
+            http,
+            exchange="x",
+            path="x",
+            credentials=Credentials("", ""),
+            account="",
+            client_order_id="id7",
+            expires_at_ms=10_000,
+            now_ms=clock,
+            write=True,
+        )
+
+
+async def test_what_fails_beside_an_order_that_was_sent_does_not_call_it_unplaced(exchange: Exchange) -> None:
+    clock = Clock()
+    async with calling(clock) as call:
+        exchange.will(json({}), Answer(b"{}", 429))
+        await call.send("POST", exchange.url)
+        with pytest.raises(OutcomeUnknown) as limited:
+            await call.send("GET", exchange.url, write=False)
+        clock.ms = 9_500
+        with pytest.raises(OutcomeUnknown) as late:
+            await call.send("GET", exchange.url, write=False)
+    rest = "; the order may be alive, look before you repeat it; client order id id7"
+    assert str(limited.value) == "x answered 429, try again later" + rest
+    assert str(late.value) == "too little time is left to call the exchange" + rest
+
+
+async def test_what_fails_before_an_order_was_sent_says_that_nothing_was(exchange: Exchange) -> None:
+    clock = Clock()
+    async with calling(clock) as call:
+        exchange.will(Answer(b"{}", 429), Answer(b"{}", 429))
+        for write in (False, True):
+            with pytest.raises(RateLimited, match="; nothing was placed"):
+                await call.send("POST", exchange.url, write=write)
+        clock.ms = 9_500
+        with pytest.raises(Expired, match="; nothing was sent"):
+            await call.send("POST", exchange.url)
+
+
+async def test_an_order_that_was_here_before_and_cannot_be_looked_up_is_unknown(host: Host, exchange: Exchange) -> None:
+    exchange.will(json({"code": 2013, "message": "used before"}, 409), Answer(b"{}", 429))
+    text = (await buy(host, "paper"))["error"]
+    assert text.startswith("outcome unknown: paper answered 429, try again later; the order may be alive, ")
+    assert [seen.verb for seen in exchange.requests] == ["POST", "GET"]
 
 
 async def test_a_raw_call_to_bitgo_is_a_write_whatever_verb_the_host_names(host: Host, exchange: Exchange) -> None:

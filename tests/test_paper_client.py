@@ -79,7 +79,7 @@ async def test_an_order_rests_is_listed_and_cancelled(host: Host) -> None:
     assert await trader("paper", "cancel", symbol="BTC_USDT", id=order_id) == {"error": "paper 2012 the order is cancelled"}
 
 
-@pytest.mark.parametrize("unknown", ["0", "XXX", "ETH-USDT,1547130415509278720", "../orders"])
+@pytest.mark.parametrize("unknown", ["0", "XXX", "ETH-USDT,1547130415509278720", "../orders", "１２", "²", "ß"])
 async def test_an_unknown_id_is_an_error(host: Host, unknown: str) -> None:
     for method in ("order", "cancel"):
         reply = await host("paper", method, symbol="BTC_USDT", id=unknown)
@@ -139,6 +139,8 @@ async def test_raw_calls_reach_the_rest_api(host: Host) -> None:
     assert (await trader("paper", "__api_/api/v1/orders", headers=get, symbol="BTC_USDT"))["data"] == [placed]
     gone = await trader("paper", f"__api_/api/v1/orders/{placed['id']}", headers={"Http-Method": "DELETE"})
     assert gone["data"]["status"] == "cancelled"
+    echo = await trader("paper", "__api_/any?a=1", headers=get, b="2")
+    assert echo["data"]["params"] == {"a": "1", "b": "2"}
     echo = await trader("paper", "__api_cancel_borrow", symbol="cny", borrow_id="123")
     assert echo["data"] == {"verb": "POST", "path": "/cancel_borrow", "params": {"symbol": "cny", "borrow_id": "123"}}
 
@@ -148,6 +150,16 @@ async def test_a_raw_call_cannot_leave_the_exchange(host: Host) -> None:
     assert reply["error"] == "method: a raw call reaches the paper exchange only"
     reply = await host("paper", "__api_//127.0.0.1:1/steal", headers={"Http-Method": "GET"})
     assert reply["data"]["path"] == "/127.0.0.1:1/steal"
+
+
+async def test_a_leverage_is_a_whole_number(host: Host) -> None:
+    trader = host.other("levered", "s")
+    told = {"error": "leverage: expected a whole number, got 2.5"}
+    assert await trader.io("paper", 0, "2.5", "BTC_USDT.swap") == told
+    assert await trader.io("paper", 0, "3.0", "BTC_USDT.swap") == {"data": True}
+    await trader.io("paper", 0, "2.5")
+    await trader.io("paper", 1, "buy")
+    assert await trader("paper", "trade", symbol="BTC_USDT.swap", type="buy", price="-1", amount="0.01") == told
 
 
 async def test_keys_of_any_form_can_sign(host: Host) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -52,7 +53,7 @@ class Calls:
         self._metrics = metrics
 
     async def answer(self, data: bytes) -> bytes:
-        """Turn one frame into one encoded reply. Raises nothing but CancelledError."""
+        """Turn one frame into one encoded reply. Raises nothing but CancelledError, once it is cancelled."""
         started = time.perf_counter()
         request: Request | None = None
         call: Call | None = None
@@ -70,8 +71,10 @@ class Calls:
             reply = _success(result)
         except BusError as e:
             reply = Failure(code=e.code, message=_redacted(str(e), call))
-        except Exception:
-            log.exception("unhandled error", extra={"fields": _about(request)})  # the traceback stays here, the host gets one line
+        except (Exception, asyncio.CancelledError, SystemExit) as e:
+            if isinstance(e, asyncio.CancelledError) and _is_cancelled():
+                raise
+            log.error("unhandled error", extra={"fields": _about(request) | _traceback(call)})  # it stays here, the host gets one line
             reply = Failure.of(_internal(call))
         elapsed = time.perf_counter() - started
         if request is not None and request.trace:
@@ -113,7 +116,7 @@ class Calls:
         try:
             result = await function(call, params)
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
-            log.exception("unreadable answer", extra={"fields": {"exchange": call.exchange, "method": method.name}})
+            log.error("unreadable answer", extra={"fields": {"exchange": call.exchange, "method": method.name} | _traceback(call)})
             raise call.unclear("in another format than its venue expects, see the worker's log") from e
         return msgspec.structs.replace(result, symbol=symbol) if isinstance(result, Ticker) else result
 
@@ -208,9 +211,20 @@ BLANK = "***"
 def _redacted(text: str, call: Call | None) -> str:
     """The text without the keys of the request: some exchanges quote what they refuse. A key under 8 signs is a word, not a secret."""
     keys = call.credentials if call else Credentials("", "")
-    for key in (keys.secret_key, *keys.secret_key.split(","), keys.access_key):
+    for key in (keys.secret_key, *keys.secret_key.replace(",", "\n").splitlines(), keys.access_key):
         text = text.replace(key, BLANK) if len(key) >= 8 else text
     return text
+
+
+def _traceback(call: Call | None) -> dict[str, str]:
+    """The exception that is being handled, as a log field: a venue's own may quote the keys."""
+    return {"traceback": _redacted(traceback.format_exc(), call)}
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody stops this very task; a venue may also raise CancelledError by itself, and then its caller is answered."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _internal(call: Call | None) -> BusError:

@@ -23,6 +23,8 @@ from bus.sessions import Session
 MARGIN_S = 1.0
 """A call to an exchange ends this long before the deadline, so that the reply still arrives."""
 MAX_ANSWER = 16 * 1024 * 1024
+LIMITED = (418, 429)
+"""The statuses of an exchange that took no notice of the request."""
 NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
 
 _decode = msgspec.json.Decoder(float_hook=Decimal).decode
@@ -113,10 +115,11 @@ class Call:
         """The error for an answer that makes no sense: unknown once a write was sent, unavailable for a read."""
         return self.failed(f"{self.exchange} answered {what}", VenueUnavailable)
 
-    def failed(self, text: str, otherwise: type[BusError]) -> BusError:
+    def failed(self, text: str, otherwise: type[BusError], comfort: str = "") -> BusError:
+        """The error for a call that failed: unknown once a write was sent, else `otherwise`, with the comfort that only then is true."""
         if self.write and self.sent:
             return outcome_unknown(text, self.client_order_id)
-        return otherwise(text)
+        return otherwise(f"{text}; {comfort}" if comfort else text)
 
 
 class Http:
@@ -140,7 +143,7 @@ class Http:
     async def send(self, call: Call, verb: str, url: str, *, headers: Mapping[str, str], body: bytes | None, write: bool) -> Answer:
         timeout_s = min(self._timeout_s.get(call.exchange, self._default_s), call.left_s() - MARGIN_S)
         if timeout_s <= 0:
-            raise Expired("too little time is left to call the exchange; nothing was sent")
+            raise call.failed("too little time is left to call the exchange", Expired, "nothing was sent")
         session = self._writes if write else self._reads
         started = time.perf_counter()
         outcome = "error"
@@ -157,6 +160,7 @@ class Http:
             ) as response:
                 content = await _read(response, call)
                 outcome = str(response.status)
+                call.sent = sent_before if response.status in LIMITED else call.sent
                 return _judge(Answer(response.status, response.headers, content, call))
         except NOT_SENT as e:
             call.sent = sent_before
@@ -183,9 +187,10 @@ async def _read(response: aiohttp.ClientResponse, call: Call) -> bytes:
 
 def _judge(answer: Answer) -> Answer:
     status, exchange = answer.status, answer.call.exchange
-    if status in (418, 429):
+    if status in LIMITED:
         wait = answer.headers.get("Retry-After", "")
-        raise RateLimited(f"{exchange} answered {status}, try again {f'in {wait} s' if wait.isdigit() else 'later'}; nothing was placed")
+        told = f"{exchange} answered {status}, try again {f'in {wait} s' if wait.isdigit() else 'later'}"
+        raise answer.call.failed(told, RateLimited, "nothing was placed")
     if status >= 500 or 300 <= status < 400:
         raise answer.call.unclear(str(status))
     return answer

@@ -144,6 +144,6 @@ def order(row: dict[str, Any]) -> m.Order:
 
 
 def id_of(params: m.OrderRef) -> int:
-    if not params.id.strip().isdecimal():
+    if not (params.id.isascii() and params.id.strip().isdecimal()):
         raise BadRequest(f"id: expected the whole number that trade answered, got {params.id[:40]!r}")
     return int(params.id)

@@ -3,7 +3,7 @@
 import hmac
 import ipaddress
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
@@ -40,6 +40,8 @@ ORDER_NOT_FOUND = 2011
 MAX_CANDLES = 1000
 IN_A_TARGET = "!$%&'()*+,-./:;=?@_~"
 """What may stand in a request line as it is (RFC 3986); a percent sign is the host's own encoding."""
+STATUS: dict[str, Literal["open", "closed", "cancelled"]] = {"open": "open", "closed": "closed", "cancelled": "cancelled"}
+"""A status that is not in the table is an unreadable answer, never a guess."""
 POSITION_TYPES = {"long": 0, "short": 1}
 
 
@@ -72,7 +74,7 @@ class Paper:
     async def _signed(
         self, call: Call, verb: str, path: str, params: dict[str, str] | None = None, body: Any = None, *, write: bool | None = None
     ) -> Any:
-        target = f"{path}?{urlencode(params)}" if params else path
+        target = f"{path}{'&' if '?' in path else '?'}{urlencode(params)}" if params else path
         content = b"" if body is None else msgspec.json.encode(body)
         answer = await call.send(
             verb, self._base + target, headers=self._headers(call, verb, target, content), body=content or None, write=write
@@ -155,8 +157,9 @@ class Paper:
         return WithRaw(Placed(str(row["id"])), row)
 
     async def _set_leverage(self, call: Call, symbol: str, level: Decimal) -> None:
-        body = {"symbol": symbol, "leverage": int(level) if level == int(level) else plain(level)}
-        await self._signed(call, "POST", f"{V1}/leverage", body=body, write=False)
+        if level != int(level):
+            raise BadRequest(f"leverage: expected a whole number, got {plain(level)}")
+        await self._signed(call, "POST", f"{V1}/leverage", body={"symbol": symbol, "leverage": int(level)}, write=False)
 
     async def margin_level(self, call: Call, params: MarginLevel) -> None:
         await self._set_leverage(call, instrument(params.symbol), params.level)
@@ -225,7 +228,7 @@ def _header(text: str) -> str:
 
 
 def _id(params: OrderRef) -> str:
-    if not params.id.isalnum():
+    if not (params.id.isascii() and params.id.isalnum()):
         raise VenueRejected(f"paper {ORDER_NOT_FOUND} order not found")
     return params.id
 
@@ -236,7 +239,7 @@ def _order(row: dict[str, Any]) -> Order:
         id=str(row["id"]),
         amount=number(row["amount"] or row["filled"]),
         price=number(row["price"]),
-        status=row["status"],
+        status=STATUS[row["status"]],
         deal_amount=number(row["filled"]),
         type=row["side"],
         avg_price=number(row["average_price"]),
