@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 from bus import server
 from bus.config import Venue
-from bus.messages import Market, Ticker
+from bus.messages import Market, OrderRef, Placed, Ticker, Trade
 from tests import exchanges
-from tests.test_check_venue import MISTAKES, TEMPLATE, planted
-from workers.check import Finding, NotConforming, Report, check, examine, proxy, suite
+from tests.check_mistakes import MISTAKES
+from tests.test_check_venue import TEMPLATE, planted
+from workers.check import Finding, NotConforming, Report, boundary, check, examine, proxy, suite
 from workers.check.bench import CHECKS
 from workers.check.find import NotFound, venue_class
 from workers.check.wire import Message, Seen, digits, numbers, read
@@ -234,3 +236,69 @@ async def asked(between: proxy.Proxy, request: bytes) -> Message:
 def test_a_report_counts_by_verdict() -> None:
     findings = [Finding("a", "ok", "", "", "", ""), Finding("b", "na", "", "why", "", "")]
     assert str(Report("v", "e", findings, 1.0)).endswith("2 checks in 1.0 s: 1 ok, 1 n/a")
+
+
+# ---------------------------------------------------------------- files that break
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("x = 1\ndef broken(:\n", r"bad0\.py:2: SyntaxError: .+"),
+        ("import sys\n\nsys.exit(0)\n", r"bad1\.py:3: SystemExit: 0"),
+        ("import json\njson.loads('{')\n", r"bad2\.py:2: JSONDecodeError: .+"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_one_line(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{said[:4]}.py"
+    path.write_text(content)
+    with pytest.raises(NotFound) as raised:
+        venue_class(str(path))
+    assert re.fullmatch(said, str(raised.value)), str(raised.value)
+
+
+class Slow(Few):
+    def __init__(self, name: str, settings: Venue) -> None:
+        time.sleep(1)
+        super().__init__(name, settings)
+
+
+class Leaving(Few):
+    def __init__(self, name: str, settings: Venue) -> None:
+        raise SystemExit(0)
+
+
+@pytest.mark.parametrize(("venue", "said"), [(Slow, "did not return within 0 s"), (Leaving, "raised SystemExit: 0")])
+async def test_a_constructor_that_blocks_or_ends_the_process_is_a_finding(
+    venue: type[Few], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boundary, "MAKING_S", 0.3)
+    (finding,) = (await examine(venue)).findings
+    assert finding.seen == f"{venue.__name__}(name, settings) {said}"
+
+
+async def test_no_order_stays_open_when_a_person_ends_the_checks() -> None:
+    """Cancelled, as by Ctrl-C, when the first order has been placed: the last request of all cancels it."""
+    placed = asyncio.Event()
+    told: list[str] = []
+
+    class Watched(MyExchange):
+        async def trade(self, call: Call, params: Trade) -> Placed:
+            answer = await super().trade(call, params)
+            told.append(str(answer.id))
+            loop.call_soon_threadsafe(placed.set)
+            return answer
+
+        async def cancel(self, call: Call, params: OrderRef) -> bool:
+            done = await super().cancel(call, params)
+            told.remove(params.id)
+            return done
+
+    loop = asyncio.get_running_loop()
+    running = asyncio.create_task(examine(Watched, only=["orders"]))
+    await placed.wait()
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert told == []

@@ -49,7 +49,7 @@ async def test_what_was_written_is_short_and_passes_its_checks_and_its_test(fold
     status, out = checked.result()
     assert status == 0, out
     assert out.splitlines()[0] == "demo:Demo, against a paper exchange of its own"
-    assert " s: 32 ok, 2 n/a" in out
+    assert " s: 33 ok, 2 n/a" in out
     status, out = tested.result()
     assert status == 0, out
     assert "2 passed" in out
@@ -83,6 +83,13 @@ async def test_a_stand_in_can_be_named_and_keys_come_from_the_environment(folder
         (("check-venue", "demo", "--only", "tickr"), "no check named tickr"),
         (("check-venue", "demo", "--access-key-env", "NOT_SET"), "NOT_SET: not set"),
         (("check-venue", "demo", "--base-url", "https://x", "--trade"), "--trade needs --amount"),
+        (("check-venue", "demo", "--exempt", "ticker"), "expected NAME=REASON, got 'ticker'"),
+        (("check-venue", "demo", "--amount", "nan"), "expected a number above 0"),
+        (("check-venue", "demo", "--price", "-1"), "expected a number above 0"),
+        (("check-venue", "demo", "--base-url", "example.com"), "expected http://host or https://host, got 'example.com'"),
+        (("check-venue", "demo", "--base-url", "http://127.0.0.1:1"), "--base-url http://127.0.0.1:1 cannot be reached"),
+        (("check-venue", "demo", "--exchange", "json:loads"), "--exchange json:loads: loads() raised TypeError"),
+        (("check-venue", "demo", "--exchange", "json"), "--exchange json: AttributeError"),
         (("new-venue", "demo"), "demo.py is there already; nothing was written"),
         (("new-venue", "Not-A-Name"), "expected a lower-case Python identifier"),
         (("new-venue", "other", "--dir", "nowhere"), "nowhere: no such folder"),

@@ -5,13 +5,20 @@ import asyncio
 import importlib
 import os
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from decimal import Decimal, InvalidOperation
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
 from workers.check.find import NotFound, venue_class
+from workers.check.report import Report
 from workers.check.suite import OWN, Exchange, examine, in_order
+
+FACTORY = "expected a function without arguments that makes an async context manager, which yields an address"
+REACHED_S = 10.0
 
 
 def arguments() -> argparse.Namespace:
@@ -22,7 +29,11 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("venue", metavar="FILE|NAME", nargs="?", help="demo.py, demo.py:Class, module:Class, demo, or a venue that fmzbus knows: bitgo")
-    add("--base-url", default="", help="of an exchange, best its test network; requests reach it through a proxy on this machine")
+    add(
+        "--base-url",
+        type=_base_url,
+        help="of an exchange, best its test network; requests reach it through a proxy on this machine",
+    )
     add("--exchange", help="module:factory of a stand-in: an async context manager that yields its base_url")
     add("--access-key-env", metavar="VAR", help="environment variable with the access key; a key is never an argument")
     add("--secret-key-env", metavar="VAR", help="environment variable with the secret key")
@@ -31,7 +42,9 @@ def arguments() -> argparse.Namespace:
     add("--amount", type=_decimal, help="of orders; default about 30 of the quote currency")
     add("--trade", action="store_true", help="also place and cancel small orders where --base-url is not on this machine")
     add("--only", metavar="NAME,...", default="", help="these checks only")
-    add("--exempt", metavar="NAME=REASON", action="append", default=[], help="a check that may fail, and why; may be repeated")
+    add(
+        "--exempt", type=_exempt, metavar="NAME=REASON", action="append", default=[], help="a check that may fail, and why; may be repeated"
+    )
     add("--list", action="store_true", help="name the checks and what they expect, and end")
     add("--json", action="store_true", help="the report for programs")
     args = parser.parse_args()
@@ -46,9 +59,30 @@ def arguments() -> argparse.Namespace:
 
 def _decimal(text: str) -> Decimal:
     try:
-        return Decimal(text)
+        value = Decimal(text)
     except InvalidOperation:
         raise argparse.ArgumentTypeError("expected a number") from None
+    if not value.is_finite() or value <= 0:
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return value
+
+
+def _base_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"expected http://host or https://host, got {text!r}")
+    return text
+
+
+def _exempt(text: str) -> tuple[str, str]:
+    name, _, reason = (part.strip() for part in text.partition("="))
+    if not name or not reason:
+        raise argparse.ArgumentTypeError(f"expected NAME=REASON, got {text!r}")
+    return name, reason
 
 
 def keys(args: argparse.Namespace) -> tuple[str, str] | None:
@@ -63,9 +97,42 @@ def keys(args: argparse.Namespace) -> tuple[str, str] | None:
 
 
 def factory(target: str) -> Exchange:
+    """What --exchange names. Raises ValueError for anything but an async context manager that yields an address."""
     module, _, name = target.partition(":")
-    found: Exchange = getattr(importlib.import_module(module), name)
-    return found
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"--exchange {target}: {type(e).__name__}: {e}") from e
+
+    @asynccontextmanager
+    async def exchange() -> AsyncIterator[str]:
+        try:
+            manager = found()
+        except (Exception, SystemExit) as e:
+            raise ValueError(f"--exchange {target}: {name}() raised {type(e).__name__}: {e}; {FACTORY}") from e
+        if not (hasattr(manager, "__aenter__") and hasattr(manager, "__aexit__")):
+            raise ValueError(f"--exchange {target}: {name}() made {manager!r:.60}; {FACTORY}")
+        async with manager as base_url:
+            if not isinstance(base_url, str) or not base_url.startswith(("http://", "https://")):
+                raise ValueError(f"--exchange {target}: it yielded {base_url!r:.60}; {FACTORY}")
+            yield base_url
+
+    return exchange
+
+
+async def _examine(venue: type[Any], **options: Any) -> Report:
+    """examine(), once it is clear that the address is not the venue's fault. Raises OSError."""
+    if base_url := options["base_url"]:
+        parts = urlsplit(base_url)
+        try:
+            async with asyncio.timeout(REACHED_S):
+                _, writer = await asyncio.open_connection(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+            writer.transport.abort()
+        except OSError as e:  # a TimeoutError is one
+            raise OSError(
+                f"--base-url {parts.scheme}://{parts.netloc.rpartition('@')[2]} cannot be reached: {e or type(e).__name__}"
+            ) from e
+    return await examine(venue, **options)
 
 
 def main() -> None:
@@ -73,14 +140,15 @@ def main() -> None:
     if args.list:
         sys.stdout.writelines(f"{one.name}\n    {one.expects}\n" for one in in_order())
         return
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("base_url", "symbol", "price", "amount", "trade")}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("symbol", "price", "amount", "trade")}
+    options["base_url"] = args.base_url or ""
     try:
         if args.exchange:
             options |= {"exchange": factory(args.exchange), "against": args.exchange}
-        exempt = dict(text.partition("=")[::2] for text in args.exempt)
+        venue = venue_class(args.venue)
         only = [name for name in args.only.split(",") if name]
-        report = asyncio.run(examine(venue_class(args.venue), keys=keys(args), only=only, exempt=exempt, **options))
-    except (NotFound, ValueError, OSError, ImportError, AttributeError) as e:
+        report = asyncio.run(_examine(venue, keys=keys(args), only=only, exempt=dict(args.exempt), **options))
+    except (NotFound, ValueError, OSError) as e:
         sys.exit(f"fmzbus: {e}")
     except KeyboardInterrupt:
         sys.exit(130)

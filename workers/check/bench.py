@@ -1,6 +1,5 @@
 """What every check works with: the venue behind its boundary, the proxy before its exchange, and what was learnt on the way."""
 
-import contextlib
 import inspect
 from collections.abc import Awaitable, Callable, Iterator
 from decimal import ROUND_FLOOR, Decimal
@@ -11,11 +10,13 @@ from msgspec import Struct
 
 from bus import messages as m
 from bus.methods import METHODS
-from workers.check.boundary import Answered, Boundary, Stuck
+from workers.check.boundary import Answered, Boundary, Ended, Stuck
 from workers.check.proxy import Fault, Proxy, every
 from workers.check.wire import Seen
 
 MARKET = Decimal(-1)
+UNKNOWN = "NOSUCH_ZZZ"
+"""A market that no exchange has."""
 WORTH = 30
 """What an order of a check is worth, about, in the quote currency."""
 
@@ -60,13 +61,15 @@ def check(
 
 class Settings(Struct, frozen=True, kw_only=True):
     """symbol: a market of the exchange, as hosts write it. price, amount: of the orders; None: half the best bid, and about 30 in quote.
-    keys: of an account. play: money is no object, so that market orders may be filled."""
+    keys: of an account. play: money is no object, so that market orders may be filled.
+    paper: it is a paper exchange, of which is known how it behaves."""
 
     symbol: str = "BTC_USDT"
     price: Decimal | None = None
     amount: Decimal | None = None
     keys: tuple[str, str] = ("", "")
     play: bool = True
+    paper: bool = False
 
 
 class Bench:
@@ -121,6 +124,8 @@ class Bench:
         except Stuck as e:
             self.stuck = True
             self.proxy.cut_all()
+            raise Wrong(str(e)) from None
+        except Ended as e:
             raise Wrong(str(e)) from None
         self.answers.append((during, answered))
         return answered
@@ -183,18 +188,31 @@ class Bench:
             raise Wrong(str(answered))
         return order_id(answered), answered, order
 
+    @property
+    def placed_any(self) -> bool:
+        return bool(self._amounts)
+
     def reference(self, told: object) -> m.OrderRef:
         """The id as it travels back: a host sends as text what it was told."""
         return m.OrderRef(str(told), self.symbol)
 
-    async def clean(self) -> None:
-        """Cancel what the checks left open, also orders whose fate a host was not told."""
+    async def clean(self) -> list[str]:
+        """Cancel what the checks left open, also orders whose fate a host was not told -> ids of what could not be cancelled."""
         if "price" not in self.facts or not self._amounts:
-            return
-        with contextlib.suppress(Wrong, NotApplicable):
-            for row in await self.data("orders", m.OrderList(self.symbol)):
-                if row["price"] == self.facts["price"] and Decimal(str(row["amount"])) in self._amounts:
-                    await self.call("cancel", self.reference(row["id"]))
+            return []
+        left: list[str] = []
+        try:
+            rows = await self.data("orders", m.OrderList(self.symbol))
+            mine = [row for row in rows if row["price"] == self.facts["price"] and Decimal(str(row["amount"])) in self._amounts]
+            left = [str(row["id"]) for row in mine]
+            for told in list(left):
+                if not (await self.call("cancel", self.reference(told))).failed:
+                    left.remove(told)
+        except NotApplicable:
+            return left
+        except (Wrong, LookupError, TypeError, ValueError, ArithmeticError):
+            return left or ["orders could not be read; look at the account"]
+        return left
 
 
 def where(venue_class: type[Any], name: str) -> str:

@@ -9,7 +9,6 @@ import logging
 import secrets
 import threading
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -21,7 +20,6 @@ from msgspec import Raw, Struct
 
 from bus.connection import Bus
 from bus.errors import BusError
-from bus.logs import redact
 from bus.messages import Failure, Request, Success, decode_reply, encode, encode_exact
 from bus.methods import METHODS
 from bus.metrics import Metrics
@@ -29,6 +27,7 @@ from bus.seal import Credentials, Opener, Sealer, frame, new_keys
 from bus.sessions import Session, Sessions
 from workers import http
 from workers.calls import Calls
+from workers.check.ear import Ear, heartbeat, overheard
 from workers.check.wire import Seen
 from workers.venues import Venue
 
@@ -36,6 +35,8 @@ T = TypeVar("T")
 
 PATIENCE_S = 3.0
 """How long after its deadline a call is waited for before the venue counts as stuck."""
+MAKING_S = 10.0
+"""How long a venue's constructor may take."""
 HASTY_S = 0.5
 """How long a call of a hasty exchange may take."""
 
@@ -75,6 +76,14 @@ class Stuck(Exception):
     """A call did not end, long after its deadline."""
 
 
+class Ended(Exception):
+    """The venue's code tried to end the process."""
+
+
+class Unmade(Exception):
+    """The venue's constructor raised, or did not return."""
+
+
 class _Clock:
     """The part of the bus that a call needs."""
 
@@ -97,29 +106,10 @@ class _Memory(Sessions):
         return state
 
 
-class _Ear(logging.Handler):
-    """What the venue's thread logs: the lines, and where in a file of the venue's the last exception came from."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self._source = source
-        self.thread: int | None = None
-        self.lines: list[str] = []
-        self.trace = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread != self.thread:
-            return
-        self.lines.append(f"{record.getMessage()} {getattr(record, 'fields', '')}")
-        if record.exc_info and (error := record.exc_info[1]):
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self._source]
-            where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}(): " if frames else ""
-            self.trace = redact(f"{where}{type(error).__name__}: {error}"[:300])
-
-
 class _Inside(Struct, frozen=True):
     """What lives in the venue's thread."""
 
+    venue: Venue
     loop: asyncio.AbstractEventLoop
     calls: Calls
     http: http.Http
@@ -127,20 +117,36 @@ class _Inside(Struct, frozen=True):
     own: asyncio.Task[Any] | None
 
 
-async def _serve(name: str, venues: dict[str, Venue], keys_path: Path, ready: concurrent.futures.Future[_Inside]) -> None:
+async def _serve(
+    name: str, made: Callable[[], dict[str, Venue]], keys_path: Path, ready: concurrent.futures.Future[_Inside], ear: Ear
+) -> None:
     """In the thread: be a worker until told to stop."""
+    try:
+        venues = made()
+    except (Exception, SystemExit) as e:  # noqa: BLE001 - it is raised where it is waited for
+        ready.set_exception(Unmade(f"raised {type(e).__name__}: {e}"))
+        return
     metrics = Metrics()
     async with http.opened({f"{name}-hasty": HASTY_S}, 10.0, metrics) as sessions:
         calls = Calls(cast("Bus", _Clock()), Opener(keys_path), _Memory(), venues, sessions, metrics)
-        inside = _Inside(asyncio.get_running_loop(), calls, sessions, asyncio.Event(), asyncio.current_task())
-        ready.set_result(inside)
-        await inside.stop.wait()
+        inside = _Inside(venues[name], asyncio.get_running_loop(), calls, sessions, asyncio.Event(), asyncio.current_task())
+        with heartbeat(ear):
+            ready.set_result(inside)
+            await inside.stop.wait()
+
+
+async def _kept(work: Coroutine[Any, Any, T]) -> T:
+    """What would end a worker must not end this thread."""
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt) as e:
+        raise Ended(f"the venue raised {type(e).__name__}({e}), which ends a worker and all its calls") from None
 
 
 class Boundary:
     """venue: the instance that is checked; `name` and `name`-hasty both lead to it, `name`-dead to one whose base_url nobody listens at."""
 
-    def __init__(self, name: str, venue: Venue, sealer: Sealer, ear: _Ear, seen: list[Seen], inside: _Inside) -> None:
+    def __init__(self, name: str, venue: Venue, sealer: Sealer, ear: Ear, seen: list[Seen], inside: _Inside) -> None:
         self.name = name
         self.venue = venue
         self.ear = ear
@@ -202,12 +208,14 @@ class Boundary:
         return wrong if arrived else "the exchange got no request"
 
     async def _cut(self, data: bytes, go: asyncio.Event) -> str:
-        task = asyncio.create_task(self._in.calls.answer(data))
+        task = asyncio.create_task(_kept(self._in.calls.answer(data)))
         await go.wait()
         task.cancel()
         done, _ = await asyncio.wait({task}, timeout=1)
         if not done:
             return "the call was still running 1 s after it had been cancelled"
+        if not task.cancelled() and (error := task.exception()):
+            return str(error)
         if not task.cancelled():
             return f"the cancelled call went on and answered {task.result()[:120].decode(errors='replace')}"
         for _ in range(20):
@@ -218,11 +226,12 @@ class Boundary:
         return "a task of the venue's outlived the call: " + ", ".join(sorted(str(task.get_coro()).split(" at ")[0] for task in left))
 
     async def _inside(self, work: Coroutine[Any, Any, T], within_s: float, what: str) -> T:
-        return await self._until(asyncio.run_coroutine_threadsafe(work, self._in.loop), within_s, what)
+        return await self._until(asyncio.run_coroutine_threadsafe(_kept(work), self._in.loop), within_s, what)
 
     async def _until(self, future: concurrent.futures.Future[T], within_s: float, what: str) -> T:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), within_s)
+            async with asyncio.timeout(within_s):  # wait_for() would lose a cancel that comes with the answer
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             raise Stuck(
                 f"{what} did not end within {within_s:.1f} s, though its deadline had passed: it blocks, or swallows a cancel"
@@ -235,17 +244,21 @@ def explain(error: BaseException) -> str:
 
 
 @asynccontextmanager
-async def started(name: str, venues: dict[str, Venue], folder: Path, source: str, seen: list[Seen]) -> AsyncIterator[Boundary]:
-    """A worker thread beside the body. A venue that never lets go of it is left behind with its daemon thread."""
+async def started(name: str, made: Callable[[], dict[str, Venue]], folder: Path, source: str, seen: list[Seen]) -> AsyncIterator[Boundary]:
+    """A worker thread beside the body. A venue that never lets go of it is left behind with its daemon thread.
+
+    made: makes the venues, in that thread. Raises Unmade.
+    """
     keys_path = folder / "keys"
     new_keys(keys_path)
     ready: concurrent.futures.Future[_Inside] = concurrent.futures.Future()
-    ear = _Ear(source)
+    ear = Ear(source)
 
     def run() -> None:
         ear.thread = threading.get_ident()
         try:
-            asyncio.run(_serve(name, venues, keys_path, ready))
+            with overheard(ear.thread, ear.printed):
+                asyncio.run(_serve(name, made, keys_path, ready, ear))
         except Exception as e:  # noqa: BLE001 - it is raised where it is waited for
             if not ready.done():
                 ready.set_exception(e)
@@ -255,10 +268,13 @@ async def started(name: str, venues: dict[str, Venue], folder: Path, source: str
     thread.start()
     inside = None
     try:
-        inside = await asyncio.wrap_future(ready)
-        yield Boundary(name, venues[name], Sealer(keys_path), ear, seen, inside)
+        try:
+            inside = await asyncio.wait_for(asyncio.wrap_future(ready), MAKING_S)
+        except TimeoutError:
+            raise Unmade(f"did not return within {MAKING_S:.0f} s") from None
+        yield Boundary(name, inside.venue, Sealer(keys_path), ear, seen, inside)
     finally:
         if inside is not None:
             inside.loop.call_soon_threadsafe(inside.stop.set)
-        await asyncio.to_thread(thread.join, PATIENCE_S)
+            await asyncio.to_thread(thread.join, PATIENCE_S)
         logging.getLogger().removeHandler(ear)

@@ -1,13 +1,16 @@
 """Checks of what a venue declares, and of how it treats keys. Keys are looked for in everything that the checks before have seen."""
 
 import asyncio
+import contextlib
 import secrets
+from typing import Any
 
 from bus import messages as m
 from workers.calls import BLANK
 from workers.check.bench import Bench, NotApplicable, check, expect, wrong
 from workers.check.boundary import Stuck, explain
-from workers.check.orders import NOT_PASSED_ON
+from workers.check.faults import LIMITED, READ_FAULTS
+from workers.check.proxy import NOT_PASSED_ON
 from workers.check.wire import SHORTEST_KEY, Seen
 
 READS = {"ticker": m.Market, "depth": m.Market, "trades": m.Market, "records": m.Records}
@@ -37,7 +40,7 @@ async def public(bench: Bench) -> str:
 
 @check(
     "lookups-honest",
-    expects='with "client_order_id" in `lookups` the id goes out with the order, and find_order() finds it, and answers None for another',
+    expects='with "client_order_id" in `lookups` orders carry the id; find_order() finds it, says None for another, raises on failure',
     where="find_order",
     section="promises about orders: looked up by client order id",
     trades=True,
@@ -61,11 +64,29 @@ async def lookups(bench: Bench) -> str:
         wrong(str(e))
     except Exception as e:  # noqa: BLE001 - whatever a venue raises here is the finding
         wrong(f"find_order() raised {explain(e)}")
+    else:
+        await _not_guessed(bench, find, answered.client_order_id)
     finally:
         await bench.call("cancel", bench.reference(told))
     expect(getattr(found, "id", None) == told, f"find_order() found {found!r:.120} and not order {told!r}")
     expect(absent is None, f"find_order() of an id that was never used answered {absent!r:.120}")
     return f"found {told!r}"
+
+
+async def _not_guessed(bench: Bench, find: Any, client_order_id: str) -> None:
+    """None is proof that there is no such order; who cannot know has to raise."""
+    access_key, secret_key = bench.settings.keys
+    for fault in (*READ_FAULTS[1:], LIMITED, None):
+        keys = bench.settings.keys if fault else (access_key, f"{secret_key[::-1]}x")
+        name = fault.name if fault else "a wrong secret"
+        with bench.proxy.failing(fault) if fault else contextlib.nullcontext():
+            try:
+                found = await bench.boundary.direct(find, keys, client_order_id)
+            except Stuck as e:
+                wrong(str(e))
+            except Exception:  # noqa: BLE001, S112 - any error will do
+                continue
+        wrong(f"on {name} find_order() answered {found!r:.120}: only the exchange's word that there is no such order is None; else raise")
 
 
 @check(
@@ -115,7 +136,7 @@ async def confined(bench: Bench) -> str:
 
 @check(
     "keys-kept",
-    expects="no error text, no log line and no request line holds a secret, and no error text or log line an access key",
+    expects="no error text, no log line, nothing printed and no request line holds a secret, and none of them but the last an access key",
     where="_send",
     section="redact keys",
 )
@@ -131,6 +152,8 @@ async def keys_kept(bench: Bench) -> str:
     for line in bench.boundary.ear.lines:
         what = _named(line, access_key, secret_key)
         expect(not what, f"a log line holds the {what}")
+    what = _named("".join(bench.boundary.ear.printed), access_key, secret_key)
+    expect(not what, f"what the venue prints holds the {what}")
     for seen in bench.proxy.seen:
         place = seen.shows(secret_key)
         expect(place != "the path or query", f"{seen.verb} {seen.target.partition('?')[0]}: the secret is in the request line")

@@ -271,6 +271,8 @@ async def apart(bench: Bench) -> str:
         raise NotApplicable(f"ticker: {wrong}")
     expect(not outcome[0].failed, f"while ticker waited for the exchange {outcome[0]}")
     expect(not gave_up, f"depth was answered after {outcome[0].took_s:.1f} s, when ticker had given up: ticker blocked the event loop")
+    standstill = bench.boundary.ear.standstill
+    expect(not standstill, f"the event loop stood still, and every other call with it: {standstill}")
     return f"depth answered in {outcome[0].took_s:.2f} s while ticker waited"
 
 

@@ -1,9 +1,12 @@
 """From what a person types to a venue's class."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +23,7 @@ class NotFound(Exception):
 def venue_class(target: str) -> type[Any]:
     """The class behind demo.py, demo.py:Class, module:Class, demo (demo.py here, [venues.demo] of fmzbus.toml, or a name fmzbus knows).
 
-    Raises NotFound; what a file's own code raises passes through.
+    Raises NotFound, also for a file that cannot be imported.
     """
     file, _, name = target.partition(":")
     if file.endswith(".py") or (not name and Path(f"{file}.py").is_file()):
@@ -34,9 +37,13 @@ def venue_class(target: str) -> type[Any]:
             raise NotFound(f"{target}: no file {file}.py here, and no venue of that name; there are {', '.join(sorted(named))}")
         file, _, name = named[file].partition(":")
     try:
-        return _chosen(importlib.import_module(file), name, target)
-    except ModuleNotFoundError as e:
+        if importlib.util.find_spec(file) is None:
+            raise NotFound(f"{target}: there is no module {file}")
+    except (ImportError, ValueError) as e:
         raise NotFound(f"{target}: {e}") from e
+    with _said(file):
+        module = importlib.import_module(file)
+    return _chosen(module, name, target)
 
 
 def _configured() -> dict[str, str]:
@@ -61,8 +68,23 @@ def _module(path: Path) -> ModuleType:
         raise NotFound(f"{path}: cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    with _said(path.stem):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _said(name: str) -> Iterator[None]:
+    """Make one line of whatever a file does at import. Raises NotFound."""
+    try:
+        yield
+    except SyntaxError as e:
+        raise NotFound(f"{Path(e.filename or name).name}:{e.lineno}: {type(e).__name__}: {e.msg}") from e
+    except (Exception, SystemExit) as e:
+        frames = [frame for frame in traceback.extract_tb(e.__traceback__) if not frame.filename.startswith("<frozen ")][1:]
+        own = [frame for frame in frames if Path(frame.filename).stem == name.rpartition(".")[2]] or frames
+        where = f"{Path(own[-1].filename).name}:{own[-1].lineno}: " if own else ""
+        raise NotFound(f"{where}{type(e).__name__}: {' '.join(str(e).split())}") from e
 
 
 def _chosen(module: ModuleType, name: str, target: str) -> type[Any]:

@@ -1,6 +1,5 @@
 """Checks of orders while all is well: ids, statuses, numbers on the wire, refusals."""
 
-import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
@@ -8,23 +7,27 @@ from typing import Any
 import msgspec
 
 from bus import messages as m
-from bus.errors import SILENCED
-from workers.check.bench import MARKET, WORTH, Bench, NotApplicable, check, expect, is_number, listed, order_id, wrong
-from workers.check.proxy import Fault
+from workers.check.bench import MARKET, UNKNOWN, WORTH, Bench, NotApplicable, check, expect, is_number, listed, order_id, wrong
+from workers.check.boundary import Answered
+from workers.check.proxy import NOT_PASSED_ON, Fault
 from workers.check.wire import digits, numbers
 
-NOT_PASSED_ON = Fault("a 503 in the exchange's place", executed=False, how="answer", status=503)
 LARGE = "9007199254740993123"
 """Above 2^53, and no float has its digits."""
 LONG = Decimal("1234567.123456789567")
-EXACT = (Decimal("0.1"), Decimal("1E-8"), Decimal("0.30000000000000004"), LONG)
+EXACT = (
+    *((LONG, amount) for amount in (Decimal("0.1"), Decimal("1E-8"), Decimal("0.30000000000000004"))),
+    (Decimal("0.1"), LONG),
+    (Decimal("1.3E-7"), Decimal("1745.2")),
+    (Decimal("0.031234"), Decimal("1745.2")),
+)
+"""(price, amount)"""
 STATUSES = ("open", "closed", "cancelled")
-HUGE = Decimal(9_000_000_000)
 
 
 @check(
     "orders",
-    expects="open orders only: a placed one is listed with its amounts and status open, and is gone once it is cancelled; none are []",
+    expects="open orders of the symbol only: a placed one is listed with its amounts, status open, and is gone once cancelled; none are []",
     where="orders",
     section="order and orders",
     trades=True,
@@ -43,13 +46,17 @@ async def orders(bench: Bench) -> str:
     expect(other not in ids, f"order {other!r} was cancelled and is still listed")
     _amounts(next(row for row in rows if row["id"] == told), order)
     list(listed(await bench.data("orders", m.OrderList()), "orders of every symbol"))
+    elsewhere = await bench.call("orders", m.OrderList(UNKNOWN), during="an unknown symbol")
+    if not elsewhere.failed and not any(UNKNOWN[:6] in seen.text.upper() for seen in elsewhere.sent):
+        also = [row["id"] for row in listed(elsewhere.data, "orders")]
+        expect(told not in also, f"orders of {UNKNOWN} lists order {told!r} of {bench.symbol}: the symbol is ignored")
     await bench.call("cancel", bench.reference(told))
     return f"{len(rows)} open"
 
 
 @check(
     "order-status",
-    expects="order tells what was placed, status open, then cancelled once it is",
+    expects="order tells what was placed, status open, then cancelled once it is; a status that is in no table is an error, not a guess",
     where="order",
     section="order and orders, status values",
     trades=True,
@@ -57,15 +64,67 @@ async def orders(bench: Bench) -> str:
 async def order_status(bench: Bench) -> str:
     bench.offers("order")
     told, _, order = await bench.place()
-    row = await bench.data("order", bench.reference(told))
+    resting = await bench.call("order", bench.reference(told))
+    expect(not resting.failed, str(resting))
+    row = resting.data
     _row(row, bench)
     expect(row["status"] == "open", f"a resting order has status {row['status']}")
-    expect(row["deal_amount"] == 0, f"a resting order has deal_amount {row['deal_amount']}")
     _amounts(row, order)
     expect(await bench.data("cancel", bench.reference(told)) is True, "cancel: expected true")
-    row = await bench.data("order", bench.reference(told))
-    expect(row["status"] == "cancelled", f"a cancelled order has status {row['status']}")
-    return "open, then cancelled"
+    gone = await bench.call("order", bench.reference(told))
+    expect(not gone.failed, str(gone))
+    expect(gone.data["status"] == "cancelled", f"a cancelled order has status {gone.data['status']}")
+    paths = _changed(resting, gone)
+    if not paths:
+        return "open, then cancelled (where the exchange tells the status was not found)"
+
+    def unheard_of(body: bytes) -> bytes:
+        answer = msgspec.json.decode(body)
+        for path in paths:
+            at(answer, path[:-1])[path[-1]] = 987 if isinstance(at(answer, path), int) else "zzz"
+        return msgspec.json.encode(answer)
+
+    fault = Fault("a status that nobody has heard of", executed=True, how="edit", edit=unheard_of)
+    answered = await bench.failing(fault, "order", bench.reference(told))
+    expect(answered.failed, f"the exchange said status zzz, and {answered}; expected an error")
+    return "open, then cancelled; an unknown status is an error"
+
+
+def _changed(before: Answered, after: Answered) -> list[tuple[Any, ...]]:
+    """Where the exchange tells an order's status: under a name such as status or state, and no longer the same once it is cancelled."""
+    try:
+        old, new = (dict(leaves(msgspec.json.decode(one.sent[-1].answer))) for one in (before, after))
+    except (msgspec.MsgspecError, UnicodeDecodeError, IndexError):
+        return []
+    return [path for path, value in old.items() if path and "stat" in str(path[-1]).lower() and new.get(path, value) != value]
+
+
+@check(
+    "balances-frozen",
+    expects="while an order rests what it needs is `frozen`, and no longer `free`",
+    where="accounts",
+    section="accounts",
+    trades=True,
+)
+async def frozen(bench: Bench) -> str:
+    if not bench.settings.play:
+        raise NotApplicable("balances move by themselves there: made on an exchange for play only")
+    before = await _balances(bench)
+    told, _, _ = await bench.place()
+    after = await _balances(bench)
+    await bench.call("cancel", bench.reference(told))
+    moved = {name: (free - before[name][0], held - before[name][1]) for name, (free, held) in after.items() if name in before}
+    moved = {name: by for name, by in moved.items() if any(by)}
+    if not moved and not bench.settings.paper:
+        raise NotApplicable("an order changes no balance here")
+    seen = ", ".join(f"{name} free {free:+f} frozen {held:+f}" for name, (free, held) in moved.items())
+    expect(any(free < 0 < held for free, held in moved.values()), f"while an order rests: {seen or 'nothing is frozen'}")
+    return seen
+
+
+async def _balances(bench: Bench) -> dict[str, tuple[Decimal, Decimal]]:
+    rows = listed(await bench.data("accounts", m.Empty()), "accounts")
+    return {row["currency"]: (Decimal(str(row["free"])), Decimal(str(row["frozen"]))) for row in rows}
 
 
 @check(
@@ -138,12 +197,11 @@ async def ids_large(bench: Bench) -> str:
 async def numbers_exact(bench: Bench) -> str:
     bench.offers("trade")
     said = []
-    for amount in EXACT:
-        price = LONG if amount != LONG else Decimal("0.1")
+    for price, amount in EXACT:
         answered = await bench.failing(NOT_PASSED_ON, "trade", m.Trade(bench.symbol, "buy", price, amount))
         text = "\n".join(seen.text for seen in answered.sent)
         if not answered.sent and answered.code in ("bad_request", "venue_rejected"):
-            said.append(f"{amount:f} refused")
+            said.append(f"{amount:f} at {price:f} refused")
             continue
         for number, what in ((amount, "amount"), (price, "price")):
             found = list(numbers(text))
@@ -153,13 +211,13 @@ async def numbers_exact(bench: Bench) -> str:
             # Fewer digits at the end are a lot size; other digits are a float.
             cut = any(len(digits(one)) > 3 and digits(f"{number:f}").startswith(digits(one)) for one in found)
             expect(exact or cut, f"{what} {number:f} was sent as {_nearest(found, number)}")
-        said.append(f"{amount:f}")
+        said.append(f"{amount:f} at {price:f}")
     return "sent " + ", ".join(said)
 
 
 @check(
     "market-orders",
-    expects="price -1 is a market order; a buy's amount is money in the quote currency, a sell's is in base",
+    expects="price -1 is a market order; a buy's amount is money in quote, a sell's in base; filled, it is closed and tells its price",
     where="trade",
     section="trade; market orders",
     trades=True,
@@ -179,6 +237,8 @@ async def market_orders(bench: Bench) -> str:
         )
         row = await bench.data("order", bench.reference(order_id(answered)))
         _row(row, bench)
+        if bench.settings.paper:
+            await _filled(row, bench, None if side == "buy" else amount)
         if not row["deal_amount"]:
             raise NotApplicable("the exchange does not fill market orders at once; only what was sent was looked at")
         average = row["avg_price"] or (await bench.data("ticker", bench.market))["last"]
@@ -193,83 +253,6 @@ async def market_orders(bench: Bench) -> str:
         expect(row["type"] == side, f"a {side} is told as {row['type']}")
         worths.append(f"{side} {row['deal_amount']}")
     return ", ".join(worths)
-
-
-# ---------------------------------------------------------------- refusals
-
-
-@check(
-    "refusals",
-    expects="what the exchange refuses is VenueRejected, in the exchange's own words, and never one of the texts that hosts silence",
-    where="trade",
-    section="what the host does with a failure",
-    trades=True,
-)
-async def refusals(bench: Bench) -> str:
-    order = await bench.order()
-    answered = await bench.call("trade", m.Trade(bench.symbol, "buy", order.price, HUGE), during="an order far too large")
-    if not answered.failed:
-        wrong(f"the exchange said {_words(answered.sent[-1].answer)[:1] or '?'} to an order of {HUGE}; {answered}")
-    expect(answered.code == "venue_rejected", f"{answered}; the exchange understood and refused: VenueRejected")
-    expect(not SILENCED.search(answered.text), f"hosts silence {answered.text!r}")
-    words = _words(answered.sent[-1].answer) if answered.sent else []
-    kept = _bare(answered.text)
-    expect(not words or any(_bare(word) in kept for word in words), f"the exchange said {words[0]!r}, the host reads {answered.text!r}")
-    return answered.text
-
-
-@check(
-    "refusals-keys",
-    expects="a signature by another secret is VenueRejected, not a transport error",
-    where="accounts",
-    section="what the host does with a failure",
-)
-async def refused_keys(bench: Bench) -> str:
-    access_key, secret_key = bench.settings.keys
-    if (await bench.call("accounts", m.Empty())).failed:  # it goes first: an exchange may bind the key to the first secret it sees
-        raise NotApplicable("accounts fails with the right one, too")
-    answered = await bench.call("accounts", m.Empty(), keys=(access_key, f"{secret_key[::-1]}x"), during="a wrong secret")
-    expect(answered.failed, f"with a wrong secret {answered}: is the call signed?")
-    expect(answered.code == "venue_rejected", f"{answered}; expected VenueRejected")
-    return answered.text
-
-
-@check(
-    "order-unknown",
-    expects="order and cancel of an id that the exchange does not know are errors, never null or true",
-    where="order",
-    section="order for an unknown id: error, not null",
-    trades=True,
-)
-async def unknown_order(bench: Bench) -> str:
-    bench.offers("order")
-    told, _, _ = await bench.place()
-    await bench.call("cancel", bench.reference(told))
-    unknown = str(int(told) + 10**9) if str(told).isdecimal() else f"{str(told)[:-4]}zzzz"
-    for method in ("order", "cancel"):
-        answered = await bench.call(method, bench.reference(unknown), during="an unknown order id")
-        expect(answered.failed, f"{answered} for the unknown id {unknown!r}")
-        expect(answered.code in ("venue_rejected", "bad_request"), f"{answered}; that an order is unknown is a refusal")
-    return answered.text
-
-
-@check(
-    "cancel-refused",
-    expects="a cancel that the exchange refuses, here of an order that is cancelled already, is an error and not true",
-    where="cancel",
-    section="cancel",
-    trades=True,
-)
-async def cancel_refused(bench: Bench) -> str:
-    bench.offers("cancel")
-    told, _, _ = await bench.place()
-    expect(await bench.data("cancel", bench.reference(told)) is True, "cancel: expected true")
-    again = await bench.call("cancel", bench.reference(told), during="a second cancel")
-    if not again.failed and again.sent and not _words(again.sent[-1].answer):
-        raise NotApplicable("the exchange accepts a second cancel")
-    expect(again.failed, f"the exchange said {again.sent[-1].answer[:120].decode(errors='replace') if again.sent else 'nothing'}; {again}")
-    expect(again.code in ("venue_rejected", "bad_request"), f"{again}; expected VenueRejected")
-    return again.text
 
 
 # ---------------------------------------------------------------- reading answers
@@ -290,7 +273,20 @@ def _row(row: Any, bench: Bench) -> None:
         expect(isinstance(row["time"], int) and row["time"] >= 10**12, f"time {row['time']!r}: expected ms")
 
 
+async def _filled(row: dict[str, Any], bench: Bench, asked: Decimal | None) -> None:
+    """The paper exchange fills a market order whole, at once."""
+    now = await bench.data("ticker", bench.market)
+    expect(row["status"] == "closed", f"a filled order has status {row['status']}; expected closed")
+    expect(row["deal_amount"] > 0, f"a filled order has deal_amount {row['deal_amount']}")
+    near = now["low"] * Decimal("0.98") <= row["avg_price"] <= now["high"] * Decimal("1.02")
+    expect(near, f"a filled order has avg_price {row['avg_price']}; the day's prices were {now['low']} to {now['high']}")
+    expect(asked is None or row["amount"] == asked, f"a filled sell of {asked} has amount {row['amount']}; it is what was asked for")
+
+
 def _amounts(row: dict[str, Any], order: m.Trade) -> None:
+    """Of an order that rests."""
+    for key in ("deal_amount", "avg_price"):
+        expect(row[key] == 0, f"a resting order has {key} {row[key]}")
     for key, expected in (("amount", order.amount), ("price", order.price), ("type", order.side)):
         expect(row[key] == expected, f"{key} {row[key]}, and {expected} was ordered")
 
@@ -302,19 +298,6 @@ def _same(one: object, other: object) -> bool:
 def _nearest(found: list[str], number: Decimal) -> str:
     """What was probably meant to be it."""
     return min(found, key=lambda one: abs(Decimal(one) - number), default="nothing")
-
-
-def _words(answer: bytes) -> list[str]:
-    """Texts of an answer that are words of a person, the longest first."""
-    try:
-        texts = [text for _, text in leaves(msgspec.json.decode(answer)) if isinstance(text, str)]
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return []
-    return sorted((text for text in texts if re.search(r"[^\W\d_]{2,}[\s,.:]+\S|[^\x00-\x7f]", text)), key=len, reverse=True)
-
-
-def _bare(text: str) -> str:
-    return re.sub(r"[\s-]", "", text).lower()[:120]
 
 
 def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

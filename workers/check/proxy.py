@@ -34,6 +34,9 @@ class Fault(Struct, frozen=True):
     edit: Callable[[bytes], bytes] = bytes
 
 
+NOT_PASSED_ON = Fault("a 503 in the exchange's place", executed=False, how="answer", status=503)
+
+
 def every(_seen: Seen) -> bool:
     return True
 

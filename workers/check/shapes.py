@@ -1,15 +1,16 @@
 """Checks of what reads answer: shapes, units, the order of rows, symbols."""
 
 import re
+import time
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
 from bus import messages as m
-from workers.check.bench import MARKET, Bench, NotApplicable, check, expect, is_number, listed, wrong
+from workers.check.bench import MARKET, UNKNOWN, Bench, NotApplicable, check, expect, is_number, listed, wrong
+from workers.check.proxy import NOT_PASSED_ON
 from workers.check.wire import Seen
 
-UNKNOWN = "NOSUCH_ZZZ"
 MS = (10**12, 10**14)
 SECONDS = (10**9, 10**11)
 
@@ -93,14 +94,18 @@ async def trades(bench: Bench) -> str:
 
 @check(
     "records",
-    expects="rows [time, open, high, low, close, volume], time in SECONDS at the start of the bar; oldest first, no time twice; limit kept",
+    expects="rows [time, open, high, low, close, volume], time in SECONDS, UTC, at the start of the bar; of the period; oldest first, "
+    "no time twice; limit kept; the last one is the current bar",
     where="records",
     section="records",
 )
 async def records(bench: Bench) -> str:
-    seen = []
-    for period_m, limit in ((1, None), (1440, 3)):
-        rows = list(listed(await bench.data("records", m.Records(bench.symbol, period_m, limit)), "records"))
+    seen: list[str] = []
+    asked: list[tuple[list[str], list[int]]] = []
+    for period_m, limit in ((1, None), (1440, 3), (5, 3)):
+        answered = await bench.call("records", m.Records(bench.symbol, period_m, limit))
+        expect(not answered.failed, str(answered))
+        rows = list(listed(answered.data, "records"))
         for row in rows:
             expect(isinstance(row, list) and len(row) == 6, f"expected rows of six, got {row!r:.100}")
             _time(row[0], "time of a bar", SECONDS)
@@ -113,10 +118,31 @@ async def records(bench: Bench) -> str:
         expect(times == sorted(times), f"times do not ascend: {_some(times)}; the current bar comes last")
         expect(len(set(times)) == len(times), f"a time comes twice: {_some(times)}")
         spans = {later - sooner for sooner, later in pairwise(times)}
-        expect(not any(span % (period_m * 60) for span in spans) or period_m != 1, f"bars of 1 minute are {sorted(spans)[:3]} s apart")
         expect(limit is None or len(rows) <= limit, f"limit {limit}, and {len(rows)} rows")
+        requests = [_steady(one) for one in answered.sent]
+        deaf = bench.settings.play and not bench.settings.paper and any(sent != requests and same == times for sent, same in asked)
+        asked.append((requests, times))
+        if deaf:
+            seen.append(f"this exchange answers {period_m} min as any period")
+            continue
+        expect(not any(span % (period_m * 60) for span in spans), f"bars of {period_m} minutes are {sorted(spans)[:3]} s apart")
+        if times:
+            await _current(bench, times[-1], period_m)
+        opens = sum(abs(later[1] - sooner[4]) for sooner, later in pairwise(rows))
+        closes = sum(abs(later[4] - sooner[1]) for sooner, later in pairwise(rows))
+        expect(len(rows) < 20 or opens <= closes, "a bar opens far from where the one before closed: are open and close exchanged?")
         seen.append(f"{len(rows)} bars of {period_m} min")
     return ", ".join(seen)
+
+
+async def _current(bench: Bench, newest: int, period_m: int) -> None:
+    """That the newest bar is of now: by the clock or, of a stand-in whose time may stand still, by its ticker."""
+    stand_in = bench.settings.play and not bench.settings.paper
+    now = (await bench.data("ticker", bench.market))["time"] // 1000 if stand_in else int(time.time())
+    ahead = newest - now
+    expect(ahead <= 60, f"the newest bar of {period_m} minutes begins {ahead} s in the future: is its time UTC?")
+    old = bench.settings.play and -ahead > 2 * 60 * period_m
+    expect(not old, f"the newest bar of {period_m} minutes is {-ahead} s old: is its time UTC, and is it the newest?")
 
 
 @check(
@@ -194,20 +220,34 @@ async def any_case(bench: Bench) -> str:
 
 @check(
     "symbols-unknown",
-    expects="a symbol that the exchange does not know is passed on or refused; it is an error, and never another market's price",
+    expects="a symbol that the exchange does not know is passed on or refused; never another market's price, and never an order there",
     where="ticker",
     section="symbol forms, pass-through",
 )
 async def unknown_symbol(bench: Bench) -> str:
-    answered = await bench.call("ticker", m.Market(UNKNOWN))
-    if answered.failed:
-        expect(answered.code in ("venue_rejected", "bad_request"), f"{answered}; a symbol that is not there is a refusal")
-        return answered.text
-    passed = any("NOSUCH" in seen.text.upper() for seen in answered.sent)
-    expect(passed, f"{UNKNOWN} was asked for as {[seen.target[:80] for seen in answered.sent]} and answered with a price")
-    prices: list[Any] = [answered.data.get(key) for key in ("buy", "sell", "last")] if isinstance(answered.data, dict) else []
-    expect(prices and all(is_number(price) and price > 0 for price in prices), f"no error: {answered}")
-    raise NotApplicable(f"this exchange answers {UNKNOWN} as any market")
+    said, answers_any = "", False
+    for method in (name for name in ("ticker", "depth", "trades", "records") if bench.has(name)):
+        params = m.Records(UNKNOWN, 1) if method == "records" else m.Market(UNKNOWN)
+        answered = await bench.call(method, params, during="an unknown symbol")
+        if answered.failed:
+            expect(answered.code in ("venue_rejected", "bad_request"), f"{answered}; a symbol that is not there is a refusal")
+            said = said or answered.text
+            continue
+        passed = any(UNKNOWN[:6] in seen.text.upper() for seen in answered.sent)
+        requests = [seen.target[:80] for seen in answered.sent]
+        expect(passed, f"{method}: {UNKNOWN} was asked for as {requests} and answered with a price")
+        if method == "ticker":
+            prices: list[Any] = [answered.data.get(key) for key in ("buy", "sell", "last")] if isinstance(answered.data, dict) else []
+            expect(prices and all(is_number(price) and price > 0 for price in prices), f"no error: {answered}")
+        answers_any = True
+    if bench.has("trade"):
+        order = m.Trade(UNKNOWN, "buy", Decimal("0.3719"), Decimal("0.1723"))
+        for seen in (await bench.failing(NOT_PASSED_ON, "trade", order)).sent:
+            passed = not seen.carries(order.amount) or UNKNOWN[:6] in seen.text.upper()
+            expect(passed, f"trade: an order of {UNKNOWN} was sent as {seen.text[:160]}")
+    if answers_any:
+        raise NotApplicable(f"this exchange answers {UNKNOWN} as any market")
+    return said
 
 
 def _steady(seen: Seen) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import ipaddress
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -15,14 +16,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bus import config, server
-from workers.check import boundary, conduct, faults, orders, proxy, shapes
+from workers.check import boundary, conduct, faults, orders, proxy, refusals, shapes
 from workers.check.bench import CHECKS, Bench, Check, NotApplicable, Settings, Wrong, where
 from workers.check.report import Finding, NotConforming, Report
 from workers.venues.paper import server as paper
 
-MODULES = [module.__name__ for module in (shapes, orders, faults, conduct)]
+MODULES = [module.__name__ for module in (shapes, orders, refusals, faults, conduct)]
 """In this order; keys-kept, which looks back on all the others, is the last."""
 LONGEST_S = 60.0
+CLEANING_S = 10.0
 
 OWN = "a paper exchange of its own"
 
@@ -64,6 +66,7 @@ async def examine(
     only: Iterable[str] = (),
     exempt: Mapping[str, str] | None = None,
     against: str = "",
+    paper: bool = False,
 ) -> Report:
     """Check a venue.
 
@@ -71,7 +74,7 @@ async def examine(
     keys: of an account there; made up where none are given, which the paper exchange takes.
     trade: also place small orders where base_url is not on this machine. amount, price: of them.
     only: names of checks. exempt: names of checks that may fail, each with the reason.
-    against: how the report names the exchange.
+    against: how the report names the exchange. paper: what is at base_url is a paper exchange, of which more is asked.
     Raises ValueError for names that are none, OSError where no exchange comes about.
     """
     exempt = exempt or {}
@@ -90,33 +93,61 @@ async def examine(
             amount=amount,
             keys=keys or (f"check{secrets.token_hex(6)}", secrets.token_hex(16)),
             play=play,
+            paper=paper or not (base_url or exchange),
         )
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fmzbus-check-")))
         between = await stack.enter_async_context(proxy.serving(url))
         name = venue.__name__.lower()
         dead = f"http://127.0.0.1:{server.free_port()}"
-        try:
+
+        def made() -> dict[str, Any]:
             one = venue(name, config.Venue(base_url=between.url))
-            venues = {name: one, f"{name}-hasty": one, f"{name}-dead": venue(f"{name}-dead", config.Venue(base_url=dead))}
-        except Exception as e:  # noqa: BLE001 - a venue that cannot be made is a finding, too
-            said = f"{venue.__name__}(name, settings) raised {type(e).__name__}: {e}"
+            return {name: one, f"{name}-hasty": one, f"{name}-dead": venue(f"{name}-dead", config.Venue(base_url=dead))}
+
+        try:
+            source = inspect.getsourcefile(venue) or ""
+        except (OSError, TypeError):
+            source = ""
+        try:
+            worker = await stack.enter_async_context(boundary.started(name, made, folder, source, between.seen))
+        except boundary.Unmade as e:
+            said = f"{venue.__name__}(name, settings) {e}"
             return Report(title, against, [_finding(CHECKS["base-url"], venue, "fail", said)], time.monotonic() - started)
-        source = inspect.getsourcefile(venue) or ""
-        worker = await stack.enter_async_context(boundary.started(name, venues, folder, source, between.seen))
         bench = Bench(venue, settings, worker, between)
-        findings: list[Finding] = []
-        for number, one_check in enumerate(chosen):
-            findings.append(await _run(one_check, bench, trades=play or trade, exempt=exempt))
-            if bench.stuck or (one_check.name == "base-url" and findings[-1].verdict == "fail"):
-                for rest in chosen[number + 1 :]:
-                    outlived = bench.stuck and rest.name == "deadline"  # whatever check met it first, this is what is wrong
-                    findings.append(
-                        _finding(rest, venue, *(("fail", findings[number].seen) if outlived else ("na", f"see {one_check.name}")))
-                    )
-                break
-        if not bench.stuck:
-            await bench.clean()
+        try:
+            findings = await _all(chosen, bench, trades=play or trade, exempt=exempt)
+        finally:  # also where a person has pressed Ctrl-C
+            await _clean(bench)
     return Report(title, against, findings, time.monotonic() - started)
+
+
+async def _all(chosen: list[Check], bench: Bench, *, trades: bool, exempt: Mapping[str, str]) -> list[Finding]:
+    """Make one check after the other, up to one after which none can be judged."""
+    findings: list[Finding] = []
+    for number, one in enumerate(chosen):
+        findings.append(await _run(one, bench, trades=trades, exempt=exempt))
+        if bench.stuck or (one.name == "base-url" and findings[-1].verdict == "fail"):
+            for rest in chosen[number + 1 :]:
+                outlived = bench.stuck and rest.name == "deadline"  # whatever check met it first, this is what is wrong
+                verdict = ("fail", findings[number].seen) if outlived else ("na", f"see {one.name}")
+                findings.append(_finding(rest, bench.venue_class, *verdict))
+            break
+    return findings
+
+
+async def _clean(bench: Bench) -> None:
+    """Cancel what is left open, however the checks ended, and say what could not be cancelled."""
+    left = ["perhaps orders of the checks: the venue stopped answering"] if bench.stuck and bench.placed_any else []
+    if not bench.stuck:
+        cleaning = asyncio.ensure_future(bench.clean())
+        try:
+            async with asyncio.timeout(CLEANING_S):
+                left = await asyncio.shield(cleaning)
+        except TimeoutError:
+            cleaning.cancel()
+            left = [f"perhaps orders of the checks: they could not be cancelled within {CLEANING_S:.0f} s"]
+    if left:
+        sys.stderr.write(f"left open: {', '.join(left)}\n")
 
 
 async def _run(one: Check, bench: Bench, *, trades: bool, exempt: Mapping[str, str]) -> Finding:
