@@ -1,9 +1,10 @@
 """The `fmzbus` command. It starts processes and looks things up; it imports none of the processes it starts."""
 
 import asyncio
+import contextlib
 import http.client
+import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -18,6 +19,7 @@ from bus import call as calls
 from bus import doctor, fleet, paper, sdk, seal, traffic, up
 from bus.config import Config
 from bus.connection import Bus, without_password
+from bus.lifecycle import stop_signals
 from bus.logs import follow_files, newest, pretty
 from bus.sessions import Session, Sessions
 from bus.start import VERSION, bus_url, exposure
@@ -76,9 +78,9 @@ def up_command(
             bridges=bridges,
             workers=workers,
             admin_port=admin_port,
-            say=lambda line: err.print(line),
+            say=_say,
         )
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
         await supervisor.run(on_ready)
 
@@ -86,6 +88,12 @@ def up_command(
         asyncio.run(run())
     except up.UpError as e:
         raise failed(str(e)) from None
+
+
+def _say(line: str) -> None:
+    """To the terminal, if it is still there: a supervisor goes on without one. (rich ends the program for a broken pipe.)"""
+    with contextlib.suppress(OSError, SystemExit):
+        err.print(line)
 
 
 def _welcome(address: str, settings: Config) -> list[str]:
@@ -308,7 +316,8 @@ def doctor_command(
     except TimeoutError:
         show(doctor.Finding(level="FAIL", what="NATS", seen="does not answer", do="start `fmzbus up`, or set [nats] url"))
     else:
-        for finding in [*doctor.fleet_health(alive), *doctor.hops(settings, service_address(settings), alive)]:
+        expected = up.expected(settings.state_path)
+        for finding in [*doctor.fleet_health(alive, expected), *doctor.hops(settings, service_address(settings), alive)]:
             show(finding)
     if as_json:
         out.print(doctor.as_json(findings).decode())
@@ -340,8 +349,10 @@ def bench_traffic_command(
         out.print(f"{number:4d} s  {second.line()}")
         sys.stdout.flush()
 
+    started = time.monotonic()
     total = asyncio.run(traffic.drive(address, exchange, hosts=hosts, rate=rate, seconds=seconds, trade=trade, seed=seed, show=show))
-    out.print(f"all     {total.line()}  ({total.sent / seconds:.0f}/s of {rate:g}/s asked for)")
+    ran_s = min(seconds, time.monotonic() - started)
+    out.print(f"all     {total.line()}  ({total.sent / ran_s:.0f}/s of {rate:g}/s asked for)")
     for text, count in total.errors.most_common(5):
         out.print(f"        {count} x {text}")
     if total.errors or not total.ok:
@@ -355,7 +366,11 @@ def version_command() -> None:
 
 
 def main() -> None:
-    app()
+    logging.getLogger("bus").addHandler(logging.NullHandler())  # a command says in its own words what it could not reach
+    try:
+        app()
+    except OSError as e:  # a folder that is a file, one that cannot be written, a full disk
+        sys.exit("fmzbus: " + ": ".join(str(part) for part in (e.filename, e.strerror or e) if part))
 
 
 if __name__ == "__main__":

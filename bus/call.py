@@ -15,7 +15,10 @@ IO_CODES = {"SetMarginLevel": 0, "SetDirection": 1, "SetContractType": 2, "GetPo
 
 
 class Replied(Struct, frozen=True):
-    """body: the envelope. hops: Server-Timing and Fmzbus-Cache of a traced call. seconds: what the caller waited, per call."""
+    """body: the last envelope, or the first that was an error. hops: Server-Timing and Fmzbus-Cache of the last call, if traced.
+
+    seconds: what the caller waited, per call.
+    """
 
     body: bytes
     hops: dict[str, str]
@@ -54,12 +57,22 @@ def _number_or_text(value: str) -> int | float | str:
         return value
 
 
-def post(address: str, path: str, request: dict[str, Any], *, verb: str = "", repeat: int = 1, trace: bool = False) -> Replied:
+def post(
+    address: str,
+    path: str,
+    request: dict[str, Any],
+    *,
+    verb: str = "",
+    repeat: int = 1,
+    trace: bool = False,
+    until_failed: bool = False,
+    timeout_s: float = 30,
+) -> Replied:
     """POST it `repeat` times over one connection, each with a nonce of its own. Raises OSError or http.client.HTTPException."""
     url = urlsplit(address)
     headers = {"Content-Type": "application/json"} | ({"Http-Method": verb} if verb else {}) | ({"Fmzbus-Trace": "1"} if trace else {})
-    connection = http.client.HTTPConnection(url.hostname or "127.0.0.1", url.port or 80, timeout=30)
-    seconds = []
+    connection = http.client.HTTPConnection(url.hostname or "127.0.0.1", url.port or 80, timeout=timeout_s)
+    replied = Replied(b"", {}, [])
     try:
         for _ in range(repeat):
             request["nonce"] = time.time_ns()
@@ -67,8 +80,11 @@ def post(address: str, path: str, request: dict[str, Any], *, verb: str = "", re
             connection.request("POST", "/" + path.lstrip("/"), msgspec.json.encode(request), headers)
             response = connection.getresponse()
             content = response.read()
-            seconds.append(time.perf_counter() - started)
-        hops = {name: response.headers[name] for name in ("Server-Timing", "Fmzbus-Cache") if name in response.headers}
-        return Replied(content, hops, seconds)
+            seconds = [*replied.seconds, time.perf_counter() - started]
+            hops = {name: response.headers[name] for name in ("Server-Timing", "Fmzbus-Cache") if name in response.headers}
+            replied = Replied(replied.body if replied.failed else content, hops, seconds)
+            if replied.failed and until_failed:
+                break
+        return replied
     finally:
         connection.close()

@@ -122,16 +122,20 @@ class ConfigError(Exception):
 
 def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     """Read TOML, then FMZBUS__BRIDGE__PORT=... Raises ConfigError: "Expected `int` <= 65535 - at `$.bridge.port`"."""
+    source = str(path)
     try:
-        tree: dict[str, Any] = tomllib.loads(path.read_text()) if path else {}
+        tree: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
+        msgspec.convert(tree, Config, strict=False)  # the file by itself: its mistakes are not blamed on a variable, nor the other way
         for variable, value in environ.items():
             if variable.startswith("FMZBUS__"):
+                source = variable
                 *sections, key = variable.lower().split("__")[1:]
                 node = functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)
                 node[key] = msgspec.json.decode(value) if value[:1] in "[{" and value else value
+        source = "environment"
         return msgspec.convert(tree, Config, strict=False)
-    except (OSError, tomllib.TOMLDecodeError, msgspec.MsgspecError, AttributeError, TypeError) as e:
-        raise ConfigError(f"{path or 'environment'}: {e}") from e
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.MsgspecError, AttributeError, TypeError) as e:
+        raise ConfigError(f"{source}: {e}") from e
 
 
 def environment(**values: object) -> dict[str, str]:

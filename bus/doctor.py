@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from http.client import HTTPConnection, HTTPException
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,8 @@ SLOW_TRIP_MS = 5.0
 CLOCK_OFF_MS = 1000
 MAX_PAYLOAD = 8 << 20
 SYNCS = 20
+ADMIN_PORT = 6680
+REQUEST_S, SLOW_REQUEST_S = 10.0, 1.0
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -57,13 +59,12 @@ def machine(config: Config) -> Iterator[Finding]:
     """What can be seen without a bus: versions, the state folder, its disk, the modes of its files, the listening port."""
     yield from versions()
     state = config.state_path
-    if not state.exists():
-        yield Finding(
-            level="warn", what="state folder", seen=f"{state} is not there", do="`fmzbus up` makes it, or name another with --state"
-        )
-        return
-    yield from disk(state)
-    yield from modes(state, config.keys_path)
+    if state.exists():
+        yield from disk(state)
+        yield from modes(state, config.keys_path)
+    else:
+        do = "`fmzbus up` makes it, or name another with --state"
+        yield Finding(level="warn", what="state folder", seen=f"{state} is not there", do=do)
     found = up.running(state)
     yield judged(
         found is not None,
@@ -72,6 +73,41 @@ def machine(config: Config) -> Iterator[Finding]:
         "start it",
         level="warn",
     )
+    yield from parts(config) if found else ports(config)
+
+
+def parts(config: Config) -> Iterator[Finding]:
+    """What `fmzbus up` runs beside bridges and workers, which speak for themselves."""
+    if not config.nats.url:
+        try:
+            wrong = server.ailment(config.state_path)
+        except OSError as e:
+            wrong = f"its /healthz does not answer: {e}"
+        do = "make room on the disk: `fmzbus up` then restarts it within 30 s; else see logs/nats.log"
+        yield judged(not wrong, "nats-server's health", wrong or "well", do)
+    if config.paper.enabled:
+        address = f"127.0.0.1:{up.paper_port(config)}"
+        status = _get(address, "/")
+        yield judged(status != 0, "paper exchange", f"{address} {'answers' if status else 'does not answer'}", "see `fmzbus logs paper`")
+
+
+def ports(config: Config) -> Iterator[Finding]:
+    """Whether `fmzbus up` would find its ports free."""
+    again = "nothing: `fmzbus up` chooses another"
+    wanted = [
+        ("bridge", config.bridge.host, config.bridge.port, "stop who listens there, or choose another with --port N"),
+        ("admin", server.HOST, ADMIN_PORT, "stop who listens there, or choose another with --admin-port N"),
+    ]
+    if not config.nats.url and server.was_set_up(config.state_path):
+        kept = server.settings(config.state_path)
+        wanted += [("nats-server", server.HOST, port, again) for port in (kept.port, kept.monitor_port)]
+    if config.paper.enabled:
+        fixed = "stop who listens there, or choose another in [paper] port"
+        wanted.append(("paper", server.HOST, up.paper_port(config), fixed if config.paper.port else again))
+    for name, host, port, do in wanted:
+        if port:
+            free = server.is_free(port, host)
+            yield judged(free, f"{name} port", f"{port} is {'free' if free else 'taken'}", do, level="warn")
 
 
 def versions() -> Iterator[Finding]:
@@ -120,7 +156,8 @@ def sync_ms(folder: Path) -> float:
 
 def modes(state: Path, keys: Path) -> Iterator[Finding]:
     """Files that hold a secret must be their owner's alone."""
-    secret = [*keys.glob("*.secret"), *keys.glob("account.key"), *(state / "nats").glob("*.conf"), *(state / "nats").glob("settings.json")]
+    ours = ("nats/*.conf", "nats/settings.json", "paper/paper.sqlite3", "paper/control.json")
+    secret = [*keys.glob("*.secret"), *keys.glob("account.key"), *(path for pattern in ours for path in state.glob(pattern))]
     open_to_others = [path for path in secret if path.stat().st_mode & 0o077]
     names = ", ".join(map(str, open_to_others))
     yield judged(not open_to_others, "key files", names or f"{len(secret)} files, their owner's alone", f"chmod 600 {names}")
@@ -157,11 +194,15 @@ async def on_the_bus(bus: Bus, url: str) -> AsyncIterator[Finding]:
         yield Finding(level="FAIL", what="JetStream", seen=repr(e), do="futures state cannot be kept: see the log of nats-server")
 
 
-def fleet_health(alive: list[fleet.Presence]) -> Iterator[Finding]:
+def fleet_health(alive: list[fleet.Presence], expected: Mapping[str, int]) -> Iterator[Finding]:
+    """expected: how many of a role there should be; one where it does not say."""
     for role in ("bridge", "worker"):
         ones = [one for one in alive if one.role == role]
         seen = ", ".join(f"{one.process}{'' if one.ready else ' (not ready)'}" for one in ones) or "none"
-        yield judged(any(one.ready for one in ones), f"{role}s", seen, f"start a {role}, or look into `fmzbus logs {role}`")
+        missing = expected.get(role, 1) - sum(one.ready for one in ones)
+        if missing > 0:
+            seen += f"; {missing} of {expected.get(role, 1)} missing"
+        yield judged(missing <= 0, f"{role}s", seen, f"start a {role}, or look into `fmzbus logs {role}`")
     spoken = sorted({one.version for one in alive})
     yield judged(len(spoken) < 2, "versions alive", ", ".join(spoken) or "none", "finish the upgrade: restart the older ones", level="warn")
 
@@ -188,14 +229,18 @@ def hops(config: Config, address: str, alive: list[fleet.Presence]) -> Iterator[
         return
     request = call.body("ticker", ["symbol=BTC_USDT"], "doctor", "doctor")
     try:
-        replied = call.post(address, exchange, request, repeat=5, trace=True)
+        replied = call.post(address, exchange, request, repeat=5, trace=True, until_failed=True, timeout_s=REQUEST_S)
     except (OSError, HTTPException) as e:
         yield Finding(level="FAIL", what="one request", seen=f"no answer from {address}: {e}", do="see `fmzbus logs bridge`")
         return
-    seen = (
-        replied.body.decode(errors="replace")[:120] if replied.failed else f"p50 {replied.percentile_ms(50):.1f} ms at {address}/{exchange}"
-    )
-    yield judged(not replied.failed, "one request", seen, "read the error; `fmzbus logs worker` has more")
+    if replied.failed:
+        error = replied.body.decode(errors="replace")[:120]
+        yield Finding(level="FAIL", what="one request", seen=error, do="read the error; `fmzbus logs worker` has more")
+        return
+    slowest_s = max(replied.seconds)
+    seen = f"p50 {replied.percentile_ms(50):.1f} ms, slowest {slowest_s * 1000:.1f} ms at {address}/{exchange}"
+    do = "one worker or the exchange is slow: see `fmzbus status` and `fmzbus logs worker`"
+    yield judged(slowest_s <= SLOW_REQUEST_S, "one request", seen, do, level="warn")
     for hop, ms in re.findall(r"(\w+);dur=([\d.]+)", replied.hops.get("Server-Timing", "")):
         yield ok(f"  in {hop}", f"{ms} ms")
 

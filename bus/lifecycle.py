@@ -1,6 +1,6 @@
 """How a process starts, says that it is ready, and stops.
 
-config -> connect -> ready only after a real round trip -> serve -> on SIGTERM or SIGINT stop taking, finish, drain, close. Readiness
+config -> connect -> ready only after a real round trip -> serve -> on a signal to stop: take no more, finish, drain, close. Readiness
 and inherited sockets use systemd's own conventions (NOTIFY_SOCKET, LISTEN_FDS), so that `fmzbus up` and systemd start the same process.
 """
 
@@ -60,6 +60,19 @@ async def running(*jobs: Coroutine[None, None, None]) -> AsyncIterator[None]:
                 task.cancel()
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Those at which a process drains and ends; not SIGHUP where whoever started it had that ignored (nohup)."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hangup]
+
+
+def reason(error: BaseException) -> BaseException:
+    """What went wrong, out of the groups that tasks wrap it in."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 def run(serve: Callable[[Stopping], Awaitable[None]]) -> None:
     """Run one process until it is told to stop; the exit status says whether it stopped well."""
     import uvloop
@@ -74,7 +87,7 @@ def run(serve: Callable[[Stopping], Awaitable[None]]) -> None:
                 serving.cancel()
             stopping.set()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             loop.add_signal_handler(number, stop)
         try:
             await serving
@@ -87,7 +100,8 @@ def run(serve: Callable[[Stopping], Awaitable[None]]) -> None:
         sys.exit(uvloop.run(main()))
     except Exception as e:
         log.exception("the process ends")
-        sys.exit(f"{type(e).__name__}: {e}")  # to stderr as well: whoever started us may not read the log
+        why = reason(e)
+        sys.exit(f"{type(why).__name__}: {why}")  # to stderr as well: whoever started us may not read the log
 
 
 def notify(**fields: str) -> None:

@@ -1,6 +1,7 @@
 """`fmzbus paper`: what goes wrong at the paper exchange, and what it can prove. Speaks to its control API, found by the state folder."""
 
 import http.client
+import math
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-TIMEOUT_S = 30.0
+TIMEOUT_S = 5.0
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 _UNIT_S = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -201,7 +202,7 @@ def ledger_command(
 def span_s(text: str) -> float:
     """Seconds of "90", "90s", "10m", "1.5h". Raises PaperError."""
     found = _SPAN.fullmatch(text.strip())
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) < math.inf:
         raise PaperError(f"{text!r} is no span of time; write 30s, 10m, 2h or 1d")
     return float(found[1]) * _UNIT_S[found[2] or ""]
 
@@ -213,6 +214,9 @@ def _check(kind: str | None, wanted: dict[str, Any], *, clear: bool, schedule: s
         raise PaperError("which fault? Name a kind first; `fmzbus paper fault` lists them")
     if wanted and clear:
         raise PaperError("--clear takes a kind and nothing else")
+    for name, value in wanted.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PaperError(f"--{name}: expected a finite number, got {value}")
     if "count" in wanted and "probability" in wanted:
         raise PaperError("either --count or --probability")
 

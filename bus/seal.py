@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +31,8 @@ from bus.messages import Request, decode_request
 MAC_SIZE = 32
 CACHE = 10_000
 RELOAD_S = 1.0
-KEEP = 2
-"""Secret keys that a rotation leaves: the new one and the one before."""
+GRACE_S = 60
+"""A key that was replaced longer ago goes with the next rotation; until then requests sealed to it may be on their way."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -78,30 +79,39 @@ class _Recent(OrderedDict[K, V]):
 
 
 def new_keys(folder: Path) -> str:
-    """Write a new pair, keep the one before it, remove older ones. Returns the new key's id. A worker finds it by itself."""
+    """Write a new pair, keep those in use a minute ago, remove older ones. Returns the new key's id. A worker finds it by itself."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     account_key = folder / "account.key"
     if not account_key.exists():
         _write(account_key, secrets.token_bytes(32))
-    newest = max((path.stem for path in folder.glob("*.secret")), default="0-")
-    made_ms = max(time.time_ns() // 1_000_000, int(newest.partition("-")[0]) + 1)  # a clock set back must not make the new key an old one
+    newest_ms = max(map(_made_ms, folder.glob("*.secret")), default=0)
+    made_ms = max(time.time_ns() // 1_000_000, newest_ms + 1)  # a clock set back must not make the new key an old one
     key_id = f"{made_ms:013d}-{secrets.token_hex(4)}"
     pair = PrivateKey.generate()
     _write(folder / f"{key_id}.secret", bytes(pair))  # first the secret: a bridge must not seal to what no worker can open
     _write(folder / f"{key_id}.public", bytes(pair.public_key), mode=0o644)
-    for old in sorted(folder.glob("*.secret"))[:-KEEP]:
-        old.unlink()
-        old.with_suffix(".public").unlink(missing_ok=True)
+    for old, successor in pairwise(sorted(folder.glob("*.secret"))):
+        if made_ms - _made_ms(successor) >= GRACE_S * 1000:
+            old.unlink()
+            old.with_suffix(".public").unlink(missing_ok=True)
     return key_id
+
+
+def _made_ms(key: Path) -> int:
+    return int(key.stem.partition("-")[0])
 
 
 def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
     temporary = path.with_suffix(".new")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:  # a full disk: half a key is none
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Sealer:

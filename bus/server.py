@@ -11,7 +11,9 @@ import secrets
 import shutil
 import socket
 import sys
+import tempfile
 import time
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import msgspec
@@ -52,14 +54,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
+def is_free(port: int, host: str = HOST) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True
+
+
+def was_set_up(state: Path) -> bool:
+    """Whether settings() would find something, and so create nothing."""
+    return (state / "nats" / "settings.json").exists()
 
 
 def settings(state: Path) -> Settings:
@@ -126,9 +133,13 @@ def write_config(state: Path) -> Path:
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all: another command may read it at the same time."""
     temporary = path.with_suffix(".new")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-    temporary.rename(path)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content)
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def binary() -> str | None:
@@ -159,3 +170,25 @@ async def wait_ready(state: Path, timeout_s: float = READY_S) -> None:
                 writer.close()
         await asyncio.sleep(0.01)
     raise TimeoutError(f"nats-server was not ready within {timeout_s:g} s; see {state / 'logs' / 'nats.log'}")
+
+
+def ailment(state: Path) -> str:
+    """What the server's own /healthz finds wrong, "" where all is well. Raises OSError when it does not answer."""
+    connection = HTTPConnection(HOST, settings(state).monitor_port, timeout=2)
+    try:
+        connection.request("GET", "/healthz")
+        reply = connection.getresponse()
+        content = reply.read()
+        return "" if reply.status == 200 else str(msgspec.json.decode(content, type=dict).get("error", reply.status))
+    except (HTTPException, msgspec.MsgspecError) as e:
+        raise OSError(f"/healthz: {e}") from e
+    finally:
+        connection.close()
+
+
+def check_disk(state: Path) -> None:
+    """Raises OSError where the state folder takes no more data."""
+    with tempfile.NamedTemporaryFile(dir=state, prefix=".check-") as file:
+        file.write(b"x" * 65_536)
+        file.flush()
+        os.fsync(file.fileno())

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bus import up
+from bus import server, up
 from bus.config import Config
 from bus.connection import Bus, connected
 from bus.start import bus_url, read_config
@@ -48,11 +48,13 @@ def table(*titles: str) -> Table:
 def service_address(settings: Config) -> str:
     """Where hosts POST: the system that runs on this state folder, else what is configured."""
     found = up.running(settings.state_path)
-    return found.address if found else f"http://{settings.bridge.host}:{settings.bridge.port}"
+    return found.address if found else f"http://{up.bracketed(settings.bridge.host, settings.bridge.port)}"
 
 
 def on_the_bus(settings: Config, look: Callable[[Bus], Coroutine[Any, Any, T]]) -> T:
     """Connect as an operator, look, leave. Raises TimeoutError within 3 s when there is no bus."""
+    if not settings.nats.url and not server.was_set_up(settings.state_path):
+        raise TimeoutError  # whoever only looks creates nothing
     url = bus_url(settings, "operator")
 
     async def run() -> T:

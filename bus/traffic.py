@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import random
+import re
+import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import aiohttp
 from msgspec import Struct, field
@@ -64,6 +66,11 @@ class Traffic:
         self._random = random.Random(seed)
         self._open: set[asyncio.Task[None]] = set()
         self._second = Second()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Send no more; run() still waits for the last answers."""
+        self._stopped = True
 
     def take(self) -> Second:
         """What happened since the last call."""
@@ -74,7 +81,7 @@ class Traffic:
         """Send on schedule, then wait for the last answers."""
         started = time.monotonic()
         due = 0
-        while (elapsed := time.monotonic() - started) < seconds:
+        while (elapsed := time.monotonic() - started) < seconds and not self._stopped:
             while due < elapsed * self._rate:
                 moment, due = started + due / self._rate, due + 1
                 if len(self._open) >= MOST_OPEN:
@@ -106,9 +113,31 @@ class Traffic:
             return
         self._second.spans_ms.append((time.monotonic() - due) * 1000)
         if "error" in reply:
-            self._second.errors[reply["error"].partition(":")[0][:60]] += 1
+            self._second.errors[_kind(reply["error"])] += 1
         else:
             self._second.ok += 1
+
+
+def _kind(error: str) -> str:
+    """Its first words, up to a colon that is not inside quotes."""
+    found = re.match(r"""(?:'[^']*'|"[^"]*"|[^:])*""", error)
+    return found[0] if found else error
+
+
+@contextlib.contextmanager
+def _interrupted(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls stop; a second one interrupts as usual."""
+    loop = asyncio.get_running_loop()
+
+    def once() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        stop()
+
+    loop.add_signal_handler(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 @contextlib.asynccontextmanager
@@ -120,17 +149,18 @@ async def sessions() -> AsyncIterator[aiohttp.ClientSession]:
 async def drive(
     address: str, exchange: str, *, hosts: int, rate: float, seconds: float, trade: bool, seed: int, show: Callable[[int, Second], None]
 ) -> Second:
-    """Run the traffic; show(second number, what happened) is called every second. Returns the sum."""
+    """Run the traffic until its time is over, or Ctrl-C; show(second number, what happened) is called every second. Returns the sum."""
     total = Second()
     async with sessions() as session:
         traffic = Traffic(session, address, exchange, hosts=hosts, rate=rate, trade=trade, seed=seed)
-        running = asyncio.create_task(traffic.run(seconds))
-        number = 0
-        while not running.done():
-            await asyncio.wait([running], timeout=1)
-            number += 1
-            second = traffic.take()
-            total.add(second)
-            show(number, second)
-        await running
+        with _interrupted(traffic.stop):
+            running = asyncio.create_task(traffic.run(seconds))
+            number = 0
+            while not running.done():
+                await asyncio.wait([running], timeout=1)
+                number += 1
+                second = traffic.take()
+                total.add(second)
+                show(number, second)
+            await running
     return total

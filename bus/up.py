@@ -29,6 +29,8 @@ PATIENCE_S = 20.0
 """How long a child may take to drain before it is killed; its own limit is 15 s."""
 FIRST_WAIT_S, LONGEST_WAIT_S, STEADY_S = 0.25, 30.0, 10.0
 """Back-off of restarts: doubles from the first to the longest, and begins anew after a child ran steadily."""
+HEALTH_S, HEAL_S = 5.0, 30.0
+"""How often nats-server's health is looked at, and the time it has to become well after a restart."""
 ORDER = ("bridge", "worker", "paper", "nats")
 """How roles stop; they start the other way round."""
 
@@ -46,6 +48,12 @@ class Running(Struct):
     address: str
 
 
+class _Written(Running):
+    """All of up.json. expected: how many processes of each role there should be."""
+
+    expected: dict[str, int] = {}
+
+
 class Child:
     """One supervised process. status and admin are what it said of itself when it became ready."""
 
@@ -53,6 +61,7 @@ class Child:
         self.name = name
         self.role = name.partition("-")[0]
         self.output = output
+        self.log = output.with_suffix(".log" if name == "nats" else ".jsonl")
         self.status = ""
         self.admin = ""
         self.ready = asyncio.Event()
@@ -60,11 +69,14 @@ class Child:
         self._command = command
         self._env = env
         self._fds = fds
+        self._began = 0
+        """Where the output of the present run begins."""
 
     async def start(self) -> asyncio.subprocess.Process:
         self.ready.clear()
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with self.output.open("ab") as output:
+            self._began = output.tell()
             self.process = await asyncio.create_subprocess_exec(
                 *self._command,
                 env=self._env,
@@ -87,8 +99,8 @@ class Child:
                 os.killpg(self.pid, number)
 
     def last_words(self) -> str:
-        lines = self.output.read_text(errors="replace").strip().splitlines() if self.output.exists() else []
-        return "\n".join(lines[-5:])
+        said = self.output.read_bytes()[self._began :] if self.output.exists() else b""
+        return "\n".join(said.decode(errors="replace").strip().splitlines()[-5:])
 
 
 class Supervisor:
@@ -121,13 +133,12 @@ class Supervisor:
                 raise UpError(f"the admin port {self._admin_port} is taken; choose another with --admin-port N, 0 for any")
             if not any(self._config.keys_path.glob("*.secret")):
                 seal.new_keys(self._config.keys_path)
-            host, port = listener.getsockname()[:2]
-            address = f"http://{host}:{port}"
+            address = f"http://{bracketed(*listener.getsockname()[:2])}"
             watching: list[asyncio.Task[None]] = []
             try:
                 await self._start(listener, notices, watching)
                 if not self._stopping.is_set():
-                    _write_json(self._state / "up.json", Running(os.getpid(), address))
+                    _write_json(self._state / "up.json", _Written(os.getpid(), address, self._counts))
                     on_ready(address, self.children)
                 await self._stopping.wait()
             finally:
@@ -155,9 +166,10 @@ class Supervisor:
                 f"{server.HOST}:{server.settings(self._state).monitor_port}",
             )
             nats.ready.set()
+            watching.append(asyncio.create_task(self._heal(nats)))
         paper_url = ""
         if self._config.paper.enabled:
-            port = self._config.paper.port or _kept_port(self._state / "paper" / "port")
+            port = self._config.paper.port or _kept_port(self._config)
             paper_url = f"http://127.0.0.1:{port}"
             await self._watch(self._child("paper", ["-m", "workers.venues.paper"], notices, env | {"paper__port": str(port)}), watching)
         for role, module in (("worker", "workers"), ("bridge", "bridge")):
@@ -206,13 +218,40 @@ class Supervisor:
                 return
             if time.monotonic() - started > STEADY_S:
                 wait_s = FIRST_WAIT_S
-            self._say(f"{child.name} ended ({_ending(status)}); restarting in {wait_s:g} s; see {child.output.with_suffix('.jsonl')}")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), wait_s)
-            if self._stopping.is_set():
-                return
-            wait_s = min(wait_s * 2, LONGEST_WAIT_S)
-            process = await child.start()
+            what = f"ended ({_ending(status)})"
+            while True:
+                self._say(f"{child.name} {what}; restarting in {wait_s:g} s; see {child.log}")
+                if await self._stopped_within(wait_s):
+                    return
+                wait_s = min(wait_s * 2, LONGEST_WAIT_S)
+                try:
+                    process = await child.start()
+                    break
+                except OSError as e:
+                    what = f"cannot be started ({e})"
+            if self._stopping.is_set():  # while it started: the stop has seen the process before it
+                child.signal(signal.SIGTERM)
+
+    async def _heal(self, nats: Child) -> None:
+        """Restart a nats-server that is not well although its disk takes data: a full one turns JetStream off for good."""
+        wait_s = HEALTH_S
+        while not await self._stopped_within(wait_s):
+            wait_s = HEALTH_S
+            try:
+                wrong = await asyncio.to_thread(server.ailment, self._state)
+                if wrong:
+                    await asyncio.to_thread(server.check_disk, self._state)
+            except OSError:  # it does not answer, which _keep sees to, or the disk is full still
+                continue
+            if wrong:
+                self._say(f"nats-server is not well ({wrong}), and its disk takes data: restarting it; see {nats.log}")
+                nats.signal(signal.SIGTERM)
+                wait_s = HEAL_S
+
+    async def _stopped_within(self, span_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), span_s)
+        return self._stopping.is_set()
 
     async def _all_ready(self) -> None:
         """Wait for every child; one that ends before it was ever ready stops the start, with its last words."""
@@ -266,7 +305,7 @@ class Supervisor:
             try:
                 listener.bind((host, port))
             except OSError as e:
-                raise UpError(f"cannot listen on {host}:{port} ({e.strerror}); choose another port with --port N") from None
+                raise UpError(f"cannot listen on {bracketed(host, port)} ({e.strerror}); choose another port with --port N") from None
             listener.listen(1024)
             yield listener
 
@@ -300,15 +339,44 @@ class Supervisor:
 
 def running(state: Path) -> Running | None:
     """The system that runs on this state folder, if one does."""
+    written = _written(state)
+    return Running(written.pid, written.address) if written else None
+
+
+def expected(state: Path) -> dict[str, int]:
+    """How many processes of each role the system that runs on this state folder has."""
+    written = _written(state)
+    return written.expected if written else {}
+
+
+def _written(state: Path) -> _Written | None:
     try:
-        return msgspec.json.decode((state / "up.json").read_bytes(), type=Running)
+        written = msgspec.json.decode((state / "up.json").read_bytes(), type=_Written)
+        with contextlib.suppress(PermissionError):  # another user's process: it lives
+            os.kill(written.pid, 0)
     except (OSError, msgspec.MsgspecError):
-        return None
+        return None  # never written, or left behind by a process that was killed
+    return written
 
 
-def _kept_port(path: Path) -> int:
-    """A port chosen once and kept; chosen again when a stranger has it."""
-    port = int(path.read_text()) if path.exists() else 0
+def paper_port(config: Config) -> int:
+    """Where the paper exchange listens: as configured, else the port that was kept, 0 where none was yet."""
+    kept = _paper_port_file(config.state_path)
+    return config.paper.port or (int(kept.read_text()) if kept.exists() else 0)
+
+
+def _paper_port_file(state: Path) -> Path:
+    return state / "paper" / "port"
+
+
+def bracketed(host: str, port: int) -> str:
+    """host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _kept_port(config: Config) -> int:
+    """The paper exchange's port, chosen once and kept; chosen again when a stranger has it."""
+    port, path = paper_port(config), _paper_port_file(config.state_path)
     if not port or not server.is_free(port):
         path.parent.mkdir(parents=True, exist_ok=True)
         port = server.free_port()

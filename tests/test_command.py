@@ -7,6 +7,7 @@ import pty
 import re
 import time
 from asyncio.subprocess import PIPE
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -158,11 +159,12 @@ async def test_status_lists_the_fleet(shared_system: System) -> None:
     assert shared_system.address in table
 
 
-async def test_status_without_a_bus_says_so(shared_system: System, tmp_path: object) -> None:
+async def test_status_without_a_bus_says_so(shared_system: System, tmp_path: Path) -> None:
     started = time.monotonic()
     status, _, err = await fmzbus(shared_system, "status", FMZBUS__STATE=f"{tmp_path}/nobody")
     assert (status, "is `fmzbus up` running" in err) == (1, True)
     assert time.monotonic() - started < 10
+    assert not (tmp_path / "nobody").exists()
 
 
 async def test_sessions_are_listed_and_cleared(shared_system: System) -> None:
@@ -207,6 +209,25 @@ async def test_a_config_mistake_is_named_before_anything_starts(shared_system: S
     status, _, err = await fmzbus(shared_system, "up", FMZBUS__BRIDGE__PORTT="1")
     assert status == 1
     assert "unknown field `portt` - at `$.bridge`" in err
+
+
+@pytest.mark.parametrize("command", [("up", "--port", "0", "--admin-port", "0"), ("keys", "new")])
+async def test_a_state_folder_that_is_a_file_is_named_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "afile").touch()
+    process = await asyncio.create_subprocess_exec(COMMAND, *command, "--state", str(tmp_path / "afile"), stdout=PIPE, stderr=PIPE)
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, out) == (1, b"")
+    assert re.fullmatch(rf"fmzbus: {re.escape(str(tmp_path / 'afile'))}\S*: (File exists|Not a directory)\n", err.decode())
+
+
+async def test_a_lookup_that_reaches_no_bus_says_one_thing(tmp_path: Path) -> None:
+    env = os.environ | {"FMZBUS__STATE": str(tmp_path / "s"), "FMZBUS__NATS__URL": "nats://127.0.0.1:1"}
+    for command in ("status", "sessions"):
+        process = await asyncio.create_subprocess_exec(COMMAND, command, env=env, stdout=PIPE, stderr=PIPE)
+        _, err = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 1
+        assert err.decode() == "fmzbus: no bus answers; is `fmzbus up` running on this state folder, or [nats] url right?\n"
+    assert not (tmp_path / "s").exists()
 
 
 def test_arguments_that_are_not_k_v_are_named() -> None:

@@ -65,12 +65,21 @@ def test_the_environment_wins_at_any_depth(tmp_path: Path) -> None:
         ("[bridge", {}, "fmzbus.toml"),
         ("[venues.'Upper Case']\n", {}, "$.venues"),
         ("bridge = 3", {"FMZBUS__BRIDGE__PORT": "1"}, "fmzbus.toml"),
-        ("", {"FMZBUS__WORKERS__EXCHANGES": "[paper"}, "fmzbus.toml"),
+        ("", {"FMZBUS__WORKERS__EXCHANGES": "[paper"}, "FMZBUS__WORKERS__EXCHANGES: "),
+        ("", {"FMZBUS__BRIDGE__PORT": "no"}, "environment: "),
+        ("[bridge]\nport = -1", {"FMZBUS__BENCH": "true"}, "fmzbus.toml: "),
+        ("[bridge]\nport = -1", {"FMZBUS__BRIDGE__PORT": "1"}, "fmzbus.toml: "),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, text: str, environ: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         load(written(tmp_path, text), environ)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fmzbus.toml").write_bytes(b'state = "\xff"')
+    with pytest.raises(ConfigError, match=r"fmzbus\.toml: 'utf-8' codec"):
+        load(tmp_path / "fmzbus.toml", {})
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The paper exchange's control API: who may order faults, what it says of mistakes, and the tables it shows."""
 
 import json
+import math
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bus.paper import PaperError, _check, span_s
 from tests.paper import README
 from tests.rig import Rig, rigged, send
 from workers.venues.paper.faults import KINDS
@@ -113,3 +115,11 @@ async def test_a_fault_that_makes_no_sense_is_refused(rig: Rig, asked: object, t
     answer = await rig.control("POST", "/faults", json.dumps(asked).encode())
     assert answer.status == 400
     assert told in answer.json["error"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_command_takes_finite_numbers_only(value: float) -> None:
+    with pytest.raises(PaperError, match=r"--seconds: expected a finite number"):
+        _check("latency", {"seconds": value}, clear=False, schedule=None)
+    with pytest.raises(PaperError, match="is no span of time"):
+        span_s("9" * 400)

@@ -1,6 +1,7 @@
 """Credentials sealed for the workers, requests bound to them: what was taken off the bus is worth nothing anywhere else."""
 
 import stat
+import time
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -167,13 +168,36 @@ def test_a_rotation_loses_no_request_and_is_noticed_by_both_ends(tmp_path: Path)
     assert Opener(tmp_path).open(before)[0].key_id == first
 
 
-def test_a_second_rotation_retires_the_first_key(tmp_path: Path) -> None:
+def test_many_rotations_in_a_minute_lose_no_request(tmp_path: Path) -> None:
+    new_keys(tmp_path)
+    before = framed(Sealer(tmp_path))
+    for _ in range(4):
+        new_keys(tmp_path)
+    assert Opener(tmp_path).open(before)
+
+
+def test_a_rotation_on_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_keys(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def full(_fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        new_keys(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_second_rotation_retires_the_first_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     first = new_keys(tmp_path)
     sealer, opener = Sealer(tmp_path, clock), Opener(tmp_path, clock)
     before = framed(sealer)
     assert opener.open(before)
     new_keys(tmp_path)
+    later = time.time_ns() + 61 * 10**9
+    monkeypatch.setattr("time.time_ns", lambda: later)
     new_keys(tmp_path)
     assert not list(tmp_path.glob(f"{first}.*"))
     with pytest.raises(BadRequest, match="sealed to a key that this worker does not have"):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import signal
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -85,6 +86,26 @@ async def test_the_command_shows_a_live_line_and_a_sum(shared_system: System) ->
     total = re.search(r"^all +sent +(\d+)  ok +(\d+)", text, re.M)
     assert total
     assert total[1] == total[2]
+
+
+async def test_ctrl_c_shows_the_sum() -> None:
+    async with answering() as (address, _):
+        process = await asyncio.create_subprocess_exec(
+            COMMAND, "bench-traffic", "--seconds", "60", "--url", address, stdout=PIPE, stderr=PIPE
+        )
+        assert process.stdout
+        first = await asyncio.wait_for(process.stdout.readline(), 20)
+        process.send_signal(signal.SIGINT)
+        out, err = await asyncio.wait_for(process.communicate(), 20)
+    assert first.startswith(b"   1 s")
+    assert re.search(rb"^all +sent +\d+  ok +\d+  errors    0 .*\(\d+/s of 100/s asked for\)$", out, re.M)
+    assert (process.returncode, err) == (0, b"")
+
+
+async def test_an_error_is_not_cut_inside_its_quotes() -> None:
+    async with answering(error="no exchange named 'a:b' here; did you mean one of the many others that there are?: x") as (address, _):
+        total = await drive(address)
+    assert total.errors == {"no exchange named 'a:b' here; did you mean one of the many others that there are?": total.sent}
 
 
 async def test_trading_is_for_the_paper_exchange_only() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bus import seal, server
-from bus.config import environment
+from bus import lifecycle, seal, server
+from bus import up as ups
+from bus.config import Config, environment
 from tests import servers
 from tests.host import hosting
 from tests.servers import COMMAND, eventually
@@ -137,6 +139,42 @@ async def test_bridge_and_worker_run_alone_against_any_nats_server(tmp_path: Pat
         assert await worker.stop() == 0
 
 
+hangup = pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="the tests run under nohup, which we respect")
+
+
+@hangup
+async def test_a_terminal_that_closes_drains_as_a_signal_to_stop_does(state: Path) -> None:
+    async with servers.system(state, paper__enabled="false") as system:
+        pids = system.pids
+        assert await system.running.stop(signal.SIGHUP, within_s=20) == 0
+    assert not any(servers.alive(pid) for pid in pids.values())
+    seal.new_keys(state / "own" / "keys")
+    async with servers.nats(state / "own"), servers.worker(state / "own") as worker:
+        assert await worker.stop(signal.SIGHUP, within_s=10) == 0
+
+
+async def test_up_goes_on_and_drains_when_nobody_reads_what_it_says(state: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    shown = tmp_path / "shown"
+    with shown.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            *up(state, "--port", "0", "--workers", "1"), env=environment(paper__enabled="false"), stdout=out, stderr=writer
+        )
+    os.close(reader)
+    os.close(writer)
+    try:
+        await eventually(lambda: b"ready http" in shown.read_bytes(), 30)
+        pids = {name: int(pid) for name, pid in re.findall(r"^(\S+) +(\d+) ", shown.read_text(), re.M)}
+        os.kill(pids["worker-1"], signal.SIGKILL)
+        async with servers.watching(state) as heard:
+            await eventually(lambda: servers.pids_of(heard, "worker") - {pids["worker-1"]}, 20)
+        assert process.returncode is None
+    finally:
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+    assert "Traceback" not in shown.read_text()
+
+
 @pytest.mark.parametrize("role", ["bridge", "worker"])
 async def test_a_process_that_still_waits_for_the_bus_stops_when_told_to(role: str, state: Path) -> None:
     seal.new_keys(state / "keys")
@@ -228,3 +266,115 @@ async def test_the_flag_allows_another_host(state: Path) -> None:
         assert system.address.startswith("http://0.0.0.0:")
         async with hosting(system.address.replace("0.0.0.0", "127.0.0.1")) as host:  # noqa: S104
             assert "data" in await host("paper", "ticker", symbol="BTC_USDT")
+
+
+# The supervisor by itself
+
+
+class Supervised:
+    """A supervisor without a system, and one child of it that sleeps. said: what it told the terminal."""
+
+    def __init__(self, state: Path, code: str = "import time; time.sleep(60)") -> None:
+        state.mkdir()
+        self.said: list[str] = []
+        config = Config(state=str(state))
+        self.supervisor = ups.Supervisor(config, config_path=None, bridges=1, workers=1, admin_port=0, say=self.said.append)
+        self.child = ups.Child("nats", [sys.executable, "-c", code], dict(os.environ), state / "nats.out")
+        self.supervisor.children.append(self.child)
+
+
+async def test_a_child_that_cannot_be_started_is_tried_again(state: Path) -> None:
+    one = Supervised(state)
+    process = await one.child.start()
+    good, one.child._command = one.child._command, ["/nowhere/nats-server"]
+    keeping = asyncio.create_task(one.supervisor._keep(one.child, process))
+    one.child.signal(signal.SIGKILL)
+    await eventually(lambda: len(one.said) == 2)
+    assert one.said[0] == f"nats ended (SIGKILL); restarting in 0.25 s; see {state / 'nats.log'}"
+    assert re.match(r"nats cannot be started \(.*No such file.*\); restarting in 0.5 s", one.said[1])
+    one.child._command = good
+    await eventually(lambda: one.child.pid is not None)
+    one.supervisor.stop()
+    one.child.signal(signal.SIGTERM)
+    await asyncio.wait_for(keeping, 10)
+
+
+async def test_a_child_that_is_being_restarted_when_the_stop_comes_is_stopped_too(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Supervised(state)
+    start = one.child.start
+    process = await start()
+
+    async def late() -> asyncio.subprocess.Process:
+        process = await start()
+        one.supervisor.stop()
+        return process
+
+    monkeypatch.setattr(one.child, "start", late)
+    one.child.signal(signal.SIGKILL)
+    await asyncio.wait_for(one.supervisor._keep(one.child, process), 10)
+    assert one.child.pid is None
+
+
+async def test_nats_is_restarted_when_it_is_not_well_although_the_disk_takes_data(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Supervised(state)
+    process = await one.child.start()
+    full = True
+    asked = 0
+
+    def check_disk(_state: Path) -> None:
+        nonlocal asked
+        asked += 1
+        if full:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ups, "HEALTH_S", 0.02)
+    monkeypatch.setattr(server, "ailment", lambda _state: "JetStream is not current")
+    monkeypatch.setattr(server, "check_disk", check_disk)
+    healing = asyncio.create_task(one.supervisor._heal(one.child))
+    await eventually(lambda: asked > 3)
+    assert (one.said, one.child.pid) == ([], process.pid)
+    full = False
+    assert await asyncio.wait_for(process.wait(), 10) == -signal.SIGTERM
+    (line,) = one.said
+    assert line.startswith("nats-server is not well (JetStream is not current), and its disk takes data: restarting it; see ")
+    one.supervisor.stop()
+    await asyncio.wait_for(healing, 10)
+
+
+async def test_nats_server_says_itself_that_it_is_well(state: Path) -> None:
+    async with servers.nats(state):
+        assert await asyncio.to_thread(server.ailment, state) == ""
+        server.check_disk(state)
+    with pytest.raises(OSError, match="refused"):
+        server.ailment(state)
+
+
+async def test_last_words_are_those_of_this_run(state: Path) -> None:
+    one = Supervised(state, "print('now')")
+    one.child.output.write_text("an earlier run\n")
+    await (await one.child.start()).wait()
+    assert one.child.last_words() == "now"
+
+
+async def test_what_a_killed_supervisor_left_behind_runs_no_more(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec("true")
+    (tmp_path / "up.json").write_text(f'{{"pid":{process.pid},"address":"http://127.0.0.1:1","expected":{{"worker":2}}}}')
+    await process.wait()
+    assert (ups.running(tmp_path), ups.expected(tmp_path)) == (None, {})
+    (tmp_path / "up.json").write_text(f'{{"pid":{os.getpid()},"address":"http://127.0.0.1:1","expected":{{"worker":2}}}}')
+    assert ups.running(tmp_path) == ups.Running(os.getpid(), "http://127.0.0.1:1")
+    assert ups.expected(tmp_path) == {"worker": 2}
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    assert ups.bracketed("::1", 6666) == "[::1]:6666"
+    assert ups.bracketed("127.0.0.1", 6666) == "127.0.0.1:6666"
+
+
+def test_a_single_failure_is_shown_without_the_groups_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+    async def serve(_stopping: lifecycle.Stopping) -> None:
+        raise ExceptionGroup("tasks", [ExceptionGroup("inner", [OSError(98, "Address already in use")])])
+
+    with pytest.raises(SystemExit, match=r"^OSError: \[Errno 98\] Address already in use$"):
+        lifecycle.run(serve)
+    capsys.readouterr()
