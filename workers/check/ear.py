@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from bus.logs import redact
 
@@ -48,40 +48,44 @@ class _Overheard:
     """A stream that writes down what a venue's thread prints, and passes it to stderr, so that stdout stays the report's."""
 
     def __init__(self, stream: TextIO, otherwise: TextIO) -> None:
-        self._stream = stream
+        self.stream = stream
         self._otherwise = otherwise
 
     def write(self, text: str) -> int:
         printed = _printed.get(threading.get_ident())
         if printed is None:
-            return self._stream.write(text)
+            return self.stream.write(text)
         printed.append(text)
         return self._otherwise.write(redact(text))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
 
 _printed: dict[int, list[str]] = {}
-_before: list[TextIO] = []
 _lock = threading.Lock()
 
 
 @contextmanager
 def overheard(thread: int, printed: list[str]) -> Iterator[None]:
-    """Write down what this thread prints. There is one pair of streams for any number of threads."""
+    """Write down what this thread prints. There is one pair of streams for any number of threads, put in again where somebody took it out
+    while a venue that hangs kept its thread."""
     with _lock:
-        if not _printed:
-            _before[:] = sys.stdout, sys.stderr
-            sys.stdout, sys.stderr = (cast("TextIO", _Overheard(stream, _before[1])) for stream in _before)
         _printed[thread] = printed
+        plain = {name: _plain(getattr(sys, name)) for name in ("stdout", "stderr")}
+        for name, stream in plain.items():
+            setattr(sys, name, _Overheard(stream, plain["stderr"]))
     try:
         yield
     finally:
         with _lock:
             del _printed[thread]
             if not _printed:
-                sys.stdout, sys.stderr = _before
+                sys.stdout, sys.stderr = _plain(sys.stdout), _plain(sys.stderr)
+
+
+def _plain(stream: TextIO) -> TextIO:
+    return stream.stream if isinstance(stream, _Overheard) else stream
 
 
 @contextmanager
