@@ -22,7 +22,7 @@ up: .venv/run.stamp          ## the whole system on this machine: make up ARGS="
 test: .venv/dev.stamp        ## every test, warnings are errors
 	$(BIN)/pytest $(ARGS)
 
-quick: .venv/dev.stamp       ## the tests that take no real time, under a minute
+quick: .venv/dev.stamp       ## the tests that start few processes, under a minute
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
 check: .venv/dev.stamp       ## format, lint, strict types, no secrets

@@ -18,6 +18,8 @@ from msgspec import Struct
 from tests import exchanges, servers
 from tests.exchanges import Exchange
 
+pytestmark = pytest.mark.slow
+
 ACCESS, SECRET = "AKIAdistinctive", "topsecretdistinctive"
 NOT_JSON = "body: not the JSON of an FMZ request"
 MALFORMED = "body: not a well-formed POST (a bad head, length or chunk, or a header over 8190 bytes)"

@@ -13,6 +13,8 @@ from bus.server import free_port
 from tests.bench.__main__ import Figure, compare
 from tests.bench.load import BODY, Report, percentile
 
+pytestmark = pytest.mark.slow
+
 RIGHT = b'{"data":1}'
 CONNECTIONS = 4
 

@@ -26,6 +26,8 @@ from workers.template.venue import MyExchange
 from workers.venues.bitgo import Bitgo as BitgoVenue
 from workers.venues.paper.client import Paper
 
+pytestmark = pytest.mark.slow
+
 
 async def test_a_failed_check_reads_well_in_a_test(tmp_path: Path) -> None:
     venue = planted(tmp_path, 99, MISTAKES["records in ms"][0])

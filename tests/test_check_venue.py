@@ -21,6 +21,8 @@ from workers.template.venue import MyExchange
 from workers.venues.bitgo import Bitgo as BitgoVenue
 from workers.venues.paper.client import Paper
 
+pytestmark = pytest.mark.slow
+
 KEYS = ("bitgo-access", "bitgo secret, with + and &")
 TEMPLATE = Path(template.__file__)
 

@@ -19,6 +19,8 @@ from bus.doctor import Finding
 from bus.fleet import Presence
 from tests.servers import COMMAND, System
 
+pytestmark = pytest.mark.slow
+
 
 async def run_doctor(state: Path, *options: str) -> tuple[int, str]:
     env = os.environ | {"FMZBUS__STATE": str(state)}

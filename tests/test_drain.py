@@ -18,6 +18,8 @@ from tests.host import Host, hosting
 from tests.load import Load, loaded, ticker
 from tests.servers import eventually, grows, pids_of
 
+pytestmark = pytest.mark.slow
+
 HOSTS = 32
 HELD = 20
 

@@ -28,6 +28,8 @@ from workers.calls import Calls
 from workers.http import Call, opened
 from workers.venues.bitgo import Bitgo
 
+pytestmark = pytest.mark.slow
+
 UNREADABLE = "bitgo answered in another format than its venue expects, see the worker's log"
 HTML = b"<html><body>Bad Gateway</body></html>"
 

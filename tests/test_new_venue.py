@@ -17,6 +17,8 @@ from tests.host import hosting
 from tests.servers import COMMAND, running
 from workers.template.__main__ import HERE, Refused, class_name, write
 
+pytestmark = pytest.mark.slow
+
 
 async def typed(folder: Path, *command: str, **env: str) -> tuple[int, str]:
     """Run it in the folder -> (exit status, what it printed)."""

@@ -14,6 +14,8 @@ from tests.paper import README
 from tests.rig import Rig, rigged, send
 from workers.venues.paper.faults import KINDS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:

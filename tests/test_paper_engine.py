@@ -17,6 +17,8 @@ from workers.venues.paper.markets import MARKETS, PLAY_MONEY, find
 from workers.venues.paper.money import UNIT, plain, units
 from workers.venues.paper.orders import Order
 
+pytestmark = pytest.mark.slow
+
 NOW_MS = 1_795_168_693_000
 
 

@@ -15,6 +15,8 @@ from tests.paper import GOOD, NOW_S, Clock
 from tests.rig import ORDERS, Rig, rigged, send
 from workers.venues.paper.faults import Fault, FaultError, Faults, Wanted, scheduled, wanted
 
+pytestmark = pytest.mark.slow
+
 TICKER = "/api/v1/ticker?symbol=BTC_USDT"
 
 

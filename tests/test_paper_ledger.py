@@ -30,6 +30,8 @@ from workers.venues.paper import auth, ledger, replies
 from workers.venues.paper.ledger import Query, account_hash, read
 from workers.venues.paper.store import database
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:

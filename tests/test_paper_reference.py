@@ -22,6 +22,8 @@ from workers.venues.paper.errors import Refused
 from workers.venues.paper.markets import MARKETS, PLAY_MONEY
 from workers.venues.paper.money import UNIT, plain
 
+pytestmark = pytest.mark.slow
+
 ZERO = Decimal(0)
 LEAST = Decimal(10) ** -12
 RATES = {"spot": (Decimal("0.0008"), Decimal("0.001")), "swap": (Decimal("0.0002"), Decimal("0.0005"))}

@@ -20,6 +20,8 @@ from workers.venues.paper.schema import restore
 from workers.venues.paper.server import serving
 from workers.venues.paper.store import Store, database
 
+pytestmark = pytest.mark.slow
+
 
 async def test_the_ledger_has_every_order_request_and_what_became_of_it(client: Client, tmp_path: Path) -> None:
     await client.order("BTC_USDT", "buy", type="limit", price="40000", amount="0.01", client_order_id="good")

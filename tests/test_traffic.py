@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
+import pytest
 from aiohttp import web
 
 from bus import traffic
 from tests.servers import COMMAND, System
+
+pytestmark = pytest.mark.slow
 
 
 @asynccontextmanager
