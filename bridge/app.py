@@ -27,7 +27,7 @@ from bus.seal import Sealer, frame
 log = logging.getLogger(__name__)
 
 MARGIN_S = 0.5
-"""The deadline in the message is this much before the host's, so that a worker's last word still arrives."""
+"""The deadline in the message is this much before the host's, a tenth of it at most, so that a worker's last word still arrives."""
 IDLE_GRACE_S = 1.0
 """While draining, how long a kept-alive connection may stay silent before it is closed."""
 DRAIN_S = 15.0
@@ -92,8 +92,9 @@ class Bridge:
         self._routes = routes
         self._sealer = sealer
         self._metrics = metrics
-        self._open_keys: set[str] = set()
+        self._open_keys: dict[str, web.RequestHandler] = {}
         self._busy: set[object] = set()
+        self._margin_s = min(MARGIN_S, settings.deadline_s / 10)
         self._idle = asyncio.Event()
         self.in_flight = 0
         self.draining = False
@@ -139,19 +140,21 @@ class Bridge:
                 raise Busy(f"{self._settings.max_in_flight} requests are in flight already")
             params = fmz.encode_params(call.params)
             if is_write(call.method, call.params):
-                key = self._key(route.path, call, params)
+                key = self._key(route.path, call, params, request.protocol)
             key_id, sealed, mac_key = self._sealer.box(call.access_key, call.secret_key)
             left_s = self._settings.deadline_s - (time.perf_counter() - started)
+            now_ms = self._bus.now_ms()
             message = Request(
                 exchange=route.exchange,
                 path=route.path,
                 method=method,
                 params=Raw(params),
-                expires_at_ms=self._bus.now_ms() + int((left_s - MARGIN_S) * 1000),
+                expires_at_ms=now_ms + int((left_s - self._margin_s) * 1000),
                 idempotency_key=key,
                 key_id=key_id,
                 sealed=sealed,
                 trace=request.headers.get("Fmzbus-Trace") == "1",
+                asked_ms=now_ms - int((time.perf_counter() - started) * 1000) if key else 0,
             )
             sent = time.perf_counter()
             try:
@@ -168,6 +171,9 @@ class Bridge:
             if isinstance(reply, Failure):
                 raise reply.error
             content = fmz.answer(reply)
+            if reply.tell:  # a host that has hung up does not know of its order: an equal one that comes next is a repetition
+                arrived = request.transport is not None and not request.transport.is_closing()
+                await self._caller.told(reply.tell, key, arrived=arrived)
         except BusError as e:
             content, outcome = fmz.refuse(e, *keys), e.code
         except Exception:
@@ -176,7 +182,8 @@ class Bridge:
             error = outcome_unknown(told, key) if key else Internal(told)
             content, outcome = fmz.refuse(error), error.code
         finally:
-            self._open_keys.discard(key)
+            if self._open_keys.get(key) is request.protocol:
+                del self._open_keys[key]
         elapsed = time.perf_counter() - started
         self._metrics.answered(exchange, method, outcome, elapsed)
         response = web.Response(body=content, content_type=JSON)
@@ -191,7 +198,7 @@ class Bridge:
         try:
             if request.content.is_eof():  # the usual case: the body came with the head, no timer is needed
                 return await request.read()
-            async with asyncio.timeout(self._settings.deadline_s - (time.perf_counter() - started) - MARGIN_S):
+            async with asyncio.timeout(self._settings.deadline_s - (time.perf_counter() - started) - self._margin_s):
                 if request.headers.get("Expect", "").lower() == "100-continue":
                     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                     request.writer.output_size = 0  # the answer itself has not begun
@@ -203,12 +210,14 @@ class Bridge:
         except (aiohttp.ClientError, ConnectionError, web.RequestPayloadError) as e:
             raise BadRequest("body: broken off or badly chunked") from e
 
-    def _key(self, path: str, call: fmz.HostCall, params: bytes) -> str:
-        """The idempotency key. Two equal requests that are open at once are two orders: the second gets a random key."""
+    def _key(self, path: str, call: fmz.HostCall, params: bytes, connection: web.RequestHandler) -> str:
+        """The idempotency key. Two equal requests that are open at once are two orders: the second gets a random key; unless the host of
+        the first has hung up, for then the second is its repetition."""
         key = fmz.idempotency_key(path, call, params, by_nonce=self._by_nonce)
-        if key in self._open_keys:
+        first = self._open_keys.get(key)
+        if first is not None and first.transport is not None:
             key = fmz.idempotency_key(path, call, params, by_nonce=False)
-        self._open_keys.add(key)
+        self._open_keys[key] = connection
         return key
 
     async def drain(self) -> None:

@@ -5,11 +5,14 @@ executed when it is back (both measured); here every call is checked before and 
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
+import nats.errors
 from nats.aio.msg import Msg
 
 from bus import subjects
@@ -20,6 +23,7 @@ from bus.methods import METHODS
 from bus.metrics import Metrics
 
 NO_RESPONDERS = "503"
+LAST_LOOK_S = 0.01
 
 
 class Caller:
@@ -40,7 +44,7 @@ class Caller:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Msg] = loop.create_future()
         self._waiting[token] = answered
-        timer = loop.call_later(timeout_s, self._give_up, answered, exchange, method, key)
+        timer = loop.call_later(timeout_s - LAST_LOOK_S, self._time_is_up, answered, exchange, method, key)
         try:
             await self._bus.nc.publish(subjects.rpc(exchange, method), frame, reply=self._inbox + token)
             message = await answered
@@ -54,6 +58,16 @@ class Caller:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             what = f"an unreadable reply from a worker of {exchange}"
             raise _unknown(method, key, what) if key else Internal(what) from e
+
+    async def told(self, worker: str, key: str, *, arrived: bool) -> None:
+        """Say to a worker whether a host has the answer to its order. Without waiting: where it gets lost the worker takes care."""
+        with contextlib.suppress(BusError, nats.errors.Error):
+            self._bus.check()
+            await self._bus.nc.publish(subjects.told(worker, arrived=arrived), key.encode())
+
+    def _time_is_up(self, *call: Any) -> None:
+        # A process that stood still finds its timers due before it has read what arrived meanwhile: one more look.
+        asyncio.get_running_loop().call_later(LAST_LOOK_S, self._give_up, *call)
 
     @staticmethod
     def _give_up(answered: asyncio.Future[Msg], exchange: str, method: str, key: str) -> None:

@@ -15,15 +15,15 @@ import msgspec
 import typer
 from rich.markup import escape
 
+from bus import backup, cancel_all, doctor, fleet, orders, paper, sdk, seal, switch, traffic, up
 from bus import call as calls
-from bus import doctor, fleet, paper, sdk, seal, traffic, up
 from bus.config import Config
 from bus.connection import Bus, without_password
 from bus.lifecycle import stop_signals
 from bus.logs import follow_files, newest, pretty
 from bus.sessions import Session, Sessions
 from bus.start import VERSION, bus_url, exposure
-from bus.terminal import ConfigFile, StateDir, configured, err, failed, on_the_bus, out, service_address, table
+from bus.terminal import NO_BUS, ConfigFile, StateDir, configured, err, failed, keys, on_the_bus, out, service_address, table
 
 T = TypeVar("T")
 
@@ -37,10 +37,10 @@ sessions_app = typer.Typer(
     help="Futures state per robot: contract, direction, leverage.", invoke_without_command=True, rich_markup_mode=None
 )
 keys_app = typer.Typer(help="The keys that seal credentials between bridge and workers.", no_args_is_help=True, rich_markup_mode=None)
-for name, commands in (("sessions", sessions_app), ("keys", keys_app), ("paper", paper.app), (None, sdk.app)):
+for name, commands in (("sessions", sessions_app), ("keys", keys_app), ("paper", paper.app)):
     app.add_typer(commands, name=name)
-DEMO = ("demo", "demo-secret")
-"""Keys for the paper exchange, where any key opens an account with play money."""
+for part in (sdk, orders, cancel_all, switch, backup):
+    app.add_typer(part.app)
 
 
 @app.command("up")
@@ -143,7 +143,7 @@ def call_command(
     """
     settings = configured(config, state)
     address = url or service_address(settings)
-    access_key, secret_key = _keys(exchange)
+    access_key, secret_key = keys(exchange)
     try:
         request = calls.body(method, arguments or [], access_key, secret_key)
         replied = calls.post(address, exchange, request, verb=verb, repeat=repeat, trace=trace)
@@ -159,17 +159,6 @@ def call_command(
         err.print(f"{repeat} calls: {numbers}")
     if replied.failed:
         raise typer.Exit(1)
-
-
-def _keys(exchange: str) -> tuple[str, str]:
-    access_key, secret_key = os.environ.get("FMZBUS_ACCESS_KEY"), os.environ.get("FMZBUS_SECRET_KEY")
-    if access_key is not None and secret_key is not None:
-        return access_key, secret_key
-    if exchange.partition("/")[0].lower() in ("paper", "null"):
-        return DEMO
-    if not sys.stdin.isatty():
-        raise failed("no keys: set FMZBUS_ACCESS_KEY and FMZBUS_SECRET_KEY")
-    return typer.prompt("access key", err=True), typer.prompt("secret key", hide_input=True, err=True)
 
 
 @app.command("status")
@@ -205,7 +194,7 @@ def _on_the_bus(settings: Config, look: Callable[[Bus], Coroutine[Any, Any, T]])
     try:
         return on_the_bus(settings, look)
     except TimeoutError:
-        raise failed("no bus answers; is `fmzbus up` running on this state folder, or [nats] url right?") from None
+        raise failed(NO_BUS) from None
 
 
 @sessions_app.callback()
@@ -303,7 +292,7 @@ def doctor_command(
             out.print(f"[{colour}]{finding.level:4}[/] {escape(f'{finding.what}: {finding.seen}{advice}')}", markup=True)
 
     async def look(bus: Bus) -> list[fleet.Presence]:
-        async for finding in doctor.on_the_bus(bus, bus_url(settings, "operator")):
+        async for finding in doctor.on_the_bus(bus, bus_url(settings, "operator"), settings):
             show(finding)
         async with fleet.followed(bus) as heard:
             await asyncio.sleep(fleet.BEAT_S * 1.2)

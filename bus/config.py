@@ -8,6 +8,7 @@ import functools
 import os
 import tomllib
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,8 @@ from msgspec import Meta, Struct, field
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Span = Annotated[float, Meta(gt=0)]
+ACCOUNT = r"^[0-9a-f]{16}$"
+"""The hash by which an account is shown (seal.py)."""
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
@@ -53,9 +56,45 @@ class Workers(Section, frozen=True):
 
 
 class Orders(Section, frozen=True):
-    """nonce_identity: whether equal body and nanosecond nonce mean the same order ("auto"), or every request is its own ("off")."""
+    """What is promised about orders (design: journal, look-ups).
+
+    nonce_identity: whether equal body and nanosecond nonce mean the same order ("auto"), or every request is its own ("off").
+    settle_after_s: so long after an order's signed expiry, by the exchange's clock, a look-up proves that it is absent.
+    rounding: what becomes of a price or an amount that does not fit the exchange's steps (workers/rules.py).
+    fence_s: so long an order like one that was placed without its host being told is refused, counted anew at each try.
+    keep_days, keep_orders: what the journal remembers; an order without an outcome is never forgotten.
+    """
 
     nonce_identity: Literal["auto", "off"] = "auto"
+    rounding: Literal["refuse", "down"] = "refuse"
+    settle_after_s: Span = 5.0
+    fence_s: Annotated[float, Meta(ge=1)] = 60.0
+    keep_days: Span = 7.0
+    keep_orders: Annotated[int, Meta(ge=1)] = 500_000
+
+
+class Limits(Section, frozen=True):
+    """What one scope may do; 0 and [] are off.
+
+    symbols: all that may be traded, in the host's spelling, the contract with it. max_order_value: in the symbol's quote currency.
+    max_orders_per_s: in a second of the clock, over all workers. max_open_orders: of the account, at the exchange.
+    """
+
+    symbols: list[str] = []
+    max_order_value: Decimal = Decimal(0)
+    max_orders_per_s: Annotated[int, Meta(ge=0)] = 0
+    max_open_orders: Annotated[int, Meta(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if not (self.max_order_value.is_finite() and self.max_order_value >= 0):
+            raise ValueError("max_order_value: expected 0, which is off, or more")
+
+
+class Guard(Limits, frozen=True):
+    """Limits of everybody, and of single accounts and paths: an order must pass all that apply to it."""
+
+    accounts: dict[Annotated[str, Meta(pattern=ACCOUNT)], Limits] = {}
+    paths: dict[str, Limits] = {}
 
 
 class Venue(Section, frozen=True):
@@ -100,6 +139,7 @@ class Config(Section, frozen=True):
     nats: Nats = Nats()
     workers: Workers = Workers()
     orders: Orders = Orders()
+    guard: Guard = Guard()
     venues: dict[Name, Venue] = {}
     routes: dict[str, str] = {}
     paper: Paper = Paper()

@@ -22,6 +22,9 @@ from msgspec import Struct
 from bus import call, fleet, server, start, up
 from bus.config import Config
 from bus.connection import MAX_DOUBT_S, Bus, without_password
+from bus.errors import BusError
+from bus.halt import Halts
+from bus.journal import NEARLY_FULL, Journal
 
 OLDEST_NATS = (2, 14, 3)
 OLDEST_AIOHTTP = (3, 14, 3)
@@ -33,6 +36,9 @@ MAX_PAYLOAD = 8 << 20
 SYNCS = 20
 ADMIN_PORT = 6680
 REQUEST_S, SLOW_REQUEST_S = 10.0, 1.0
+LATE_MS = 60_000
+"""So long after it could have been settled an order waits for a person."""
+MOST_SHOWN = 1000
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -167,8 +173,8 @@ def modes(state: Path, keys: Path) -> Iterator[Finding]:
 # ---------------------------------------------------------------- the bus
 
 
-async def on_the_bus(bus: Bus, url: str) -> AsyncIterator[Finding]:
-    """What NATS says of itself, whose clock is how far off, who is alive."""
+async def on_the_bus(bus: Bus, url: str, config: Config) -> AsyncIterator[Finding]:
+    """What NATS says of itself, whose clock is how far off, what the journal waits for, what is halted."""
     version = bus.nc.connected_server_version
     seen = f"{without_password(url)}, version {version.major}.{version.minor}.{version.patch}"
     fresh = (version.major, version.minor, version.patch) >= OLDEST_NATS
@@ -191,7 +197,28 @@ async def on_the_bus(bus: Bus, url: str) -> AsyncIterator[Finding]:
         await bus.nc.jetstream(timeout=2).account_info()
         yield ok("JetStream", "answers")
     except (nats.errors.Error, TimeoutError) as e:
-        yield Finding(level="FAIL", what="JetStream", seen=repr(e), do="futures state cannot be kept: see the log of nats-server")
+        yield Finding(level="FAIL", what="JetStream", seen=repr(e), do="orders are refused: see the log of nats-server")
+        return
+    async for finding in orders(bus, config):
+        yield finding
+
+
+async def orders(bus: Bus, config: Config) -> AsyncIterator[Finding]:
+    """Whether orders would go out, and which wait for a person."""
+    journal = Journal(bus, config.orders, config.nats.replicas)
+    try:
+        waiting = [await journal.hold(place) for place in (await journal.unsettled())[:MOST_SHOWN]]
+        used, halted = await journal.room(), (await Halts(bus, config.nats.replicas).read())[0].rows()
+    except BusError as e:
+        yield Finding(level="FAIL", what="journal", seen=e.text, do="orders are refused: it is made by the first worker")
+        return
+    yield judged(used < NEARLY_FULL, "journal", f"{used:.0%} full", "see `fmzbus orders --unsettled`; raise [orders] keep_orders")
+    over_ms = bus.now_ms() - int(config.orders.settle_after_s * 1000) - LATE_MS
+    late = [one.intent.key for one in waiting if one is not None and one.intent.expires_at_ms < over_ms]
+    seen = f"{len(late)} long past their deadline: {', '.join(key[:8] for key in late[:5])}" if late else "none waits for a person"
+    yield judged(not late, "unsettled orders", seen, "`fmzbus orders --unsettled` tells what each waits for", level="warn")
+    told = ", ".join(f"{what} {halt}" for what, halt in halted) or "nothing"
+    yield judged(not halted, "halted", told, "`fmzbus resume` ends a halt", level="warn")
 
 
 def fleet_health(alive: list[fleet.Presence], expected: Mapping[str, int]) -> Iterator[Finding]:

@@ -5,7 +5,10 @@ BusError
 ├── Expired           reached a worker, or the moment of sending, too late; nothing was sent
 ├── Busy              too much in flight here; nothing was sent
 ├── NoWorker          nobody serves that exchange now; nothing was sent
-├── BusDown           this process has no connection to NATS; nothing was sent
+├── BusDown           this process has no connection to NATS, or the journal does not answer; nothing was sent
+├── JournalFull       the journal has no room for the intent; the order was not sent
+├── Fenced            an equal order's outcome is unknown; nothing was sent
+├── GuardRefused      a halt or a limit of ours forbids it, or cannot be known; nothing was sent
 ├── TimedOut          a read got no answer in time; there is no order in it
 ├── VenueUnavailable  the exchange cannot be reached, or answered nonsense to a read; nothing was placed
 ├── RateLimited       the exchange's or our own budget; nothing was placed
@@ -66,6 +69,18 @@ class NoWorker(BusError):
 
 class BusDown(BusError):
     code, prefix, silenced = "bus_down", "network: ", True
+
+
+class JournalFull(BusError):
+    code, prefix = "journal_full", "journal full: "
+
+
+class Fenced(BusError):
+    code, prefix = "fenced", "fenced: "
+
+
+class GuardRefused(BusError):
+    code = "guard_refused"
 
 
 class TimedOut(BusError):

@@ -9,7 +9,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -54,12 +54,13 @@ async def announced(
     serves: Sequence[str] = (),
     address: str = "",
     ready: Callable[[], bool],
-) -> AsyncIterator[None]:
-    """Say that we live, every half second; say good-bye on the way out."""
+) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Say that we live, every half second; say good-bye on the way out, or earlier by calling what this yields."""
     started = time.monotonic()
     subject = subjects.presence(bus.role, bus.process)
+    leaving = False
 
-    def now(*, leaving: bool = False) -> bytes:
+    def now() -> bytes:
         return msgspec.json.encode(
             Presence(
                 process=bus.process,
@@ -79,6 +80,13 @@ async def announced(
     async def called(_message: Msg) -> None:
         await bus.nc.publish(subject, now())
 
+    async def leave() -> None:
+        nonlocal leaving
+        leaving = True
+        if bus.nc.is_connected:
+            with contextlib.suppress(nats.errors.Error):
+                await bus.nc.publish(subject, now())
+
     async def beat() -> None:
         while True:
             if bus.nc.is_connected:
@@ -88,13 +96,11 @@ async def announced(
     roll_call = await bus.nc.subscribe(subjects.ROLL_CALL, cb=called)
     async with running(beat()):
         try:
-            yield
+            yield leave
         finally:
             if not bus.nc.is_closed:
                 await roll_call.unsubscribe()
-            if bus.nc.is_connected:
-                with contextlib.suppress(nats.errors.Error):
-                    await bus.nc.publish(subject, now(leaving=True))
+            await leave()
 
 
 class Fleet:

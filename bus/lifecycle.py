@@ -21,6 +21,7 @@ LISTEN_FD = "FMZBUS_LISTEN_FD"
 """Number of the listening socket that `fmzbus up` hands to a bridge."""
 SYSTEMD_FD = 3  # sd_listen_fds(3): inherited sockets begin here
 _PR_SET_PDEATHSIG = 1
+CANCEL_AGAIN_S = 0.5
 
 
 class Stopping:
@@ -56,8 +57,11 @@ async def running(*jobs: Coroutine[None, None, None]) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
+            # Again and again: before Python 3.12 wait_for() swallows a cancel that comes together with what it waited for.
+            while waiting := [task for task in tasks if not task.done()]:
+                for task in waiting:
+                    task.cancel()
+                await asyncio.wait(waiting, timeout=CANCEL_AGAIN_S)
 
 
 def stop_signals() -> list[signal.Signals]:

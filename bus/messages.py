@@ -27,6 +27,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     idempotency_key: 32 characters of [0-9a-f]; becomes the venue's client order id.
     key_id, sealed: which worker key opens the credentials, and the SealedBox.
     trace: the worker says how long it and the exchange took.
+    asked_ms: when the bridge took a write from its host, bus time; 0 for a read.
     """
 
     exchange: str
@@ -38,6 +39,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     key_id: str
     sealed: bytes
     trace: bool = False
+    asked_ms: int = 0
 
 
 class Spans(Struct, frozen=True):
@@ -48,11 +50,13 @@ class Spans(Struct, frozen=True):
 
 
 class Success(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="ok"):
-    """data: the result as finished JSON in the host's shape. raw: the exchange's own words, for the host's `Info`; b"" for none."""
+    """data: the result as finished JSON in the host's shape. raw: the exchange's own words, for the host's `Info`; b"" for none.
+    tell: the worker that wants to know (subjects.told) once the host has the answer to an order, "" for none."""
 
     data: Raw
     raw: Raw = Raw()
     spans: Spans | None = None
+    tell: str = ""
 
 
 class Failure(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="error"):

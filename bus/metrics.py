@@ -30,6 +30,11 @@ class Metrics:
         self.in_flight = Gauge("fmzbus_in_flight", "Requests taken and not yet answered", registry=self.registry)
         self.connected = Gauge("fmzbus_bus_connected", "1 while the connection to NATS is up", registry=self.registry)
         self.late_replies = Counter("fmzbus_late_replies_total", "Replies whose caller had been answered already", registry=self.registry)
+        self.unsettled = Gauge("fmzbus_unsettled_orders", "Orders without an outcome, those in flight too", registry=self.registry)
+        self.settled = Counter(
+            "fmzbus_settled_total", "Unknown orders settled by a look-up, by what they were", ["state"], registry=self.registry
+        )
+        self.journal_used = Gauge("fmzbus_journal_used_ratio", "How full the journal is, 0 to 1; 0.8 is an alert", registry=self.registry)
         self._children: dict[tuple[str, str, str], Histogram] = {}
 
     def answered(self, exchange: str, method: str, outcome: str, seconds: float) -> None:

@@ -34,6 +34,10 @@ RELOAD_S = 1.0
 GRACE_S = 60
 """A key that was replaced longer ago goes with the next rotation; until then requests sealed to it may be on their way."""
 
+BLANK = "***"
+"""What stands where a key was."""
+LEAST_SECRET = 8
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -45,7 +49,13 @@ class Credentials(Struct, frozen=True):
     secret_key: str
 
     def __repr__(self) -> str:
-        return "Credentials(***)"
+        return f"Credentials({BLANK})"
+
+    def blanked(self, text: str) -> str:
+        """The text without these keys. A key under 8 signs is a word, not a secret."""
+        for key in (self.secret_key, *self.secret_key.replace(",", "\n").splitlines(), self.access_key):
+            text = text.replace(key, BLANK) if len(key) >= LEAST_SECRET else text
+        return text
 
 
 class _Box(Struct, frozen=True, array_like=True):

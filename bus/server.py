@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from bus.subjects import HALT, JOURNAL, RATE
+
 HOST = "127.0.0.1"
 READY_S = 10.0
 STOP_S = 5.0
@@ -30,12 +32,23 @@ _BUCKET = [f"$JS.API.{call}.{_KV}" for call in ("STREAM.CREATE", "STREAM.INFO", 
     "$KV.sessions.>",
 ]
 _SERVER_TIME = ["$SYS.REQ.USER.INFO"]
+_JOURNAL = [f"$JS.API.STREAM.{call}.{JOURNAL}" for call in ("CREATE", "UPDATE", "INFO", "PURGE", "MSG.GET", "MSG.DELETE")] + [
+    f"$JS.API.DIRECT.GET.{JOURNAL}",
+    "orders.>",
+    "unsettled.>",
+]
+
+# The record of halts is made if need be, and read; only an operator writes it.
+_GUARD = [f"$JS.API.STREAM.{call}.KV_{HALT}" for call in ("CREATE", "INFO", "MSG.GET")] + [f"$JS.API.STREAM.CREATE.{RATE}", "rate.>"]
 
 # role -> (may publish, may subscribe). Allow-lists only: what is not named is refused. An operator's tools may look at everything;
 # nothing that travels holds an unsealed secret.
 ROLES: dict[str, tuple[list[str], list[str]]] = {
-    "bridge": (["rpc.>", "fleet.bridge.*", "fleet.roll", *_SERVER_TIME], ["_INBOX.bridge.>", "fleet.>"]),
-    "worker": (["_INBOX.bridge.>", "fleet.worker.*", "fleet.roll", *_BUCKET, *_SERVER_TIME], ["rpc.>", "_INBOX.worker.>", "fleet.>"]),
+    "bridge": (["rpc.>", "told.>", "fleet.bridge.*", "fleet.roll", *_SERVER_TIME], ["_INBOX.bridge.>", "fleet.>"]),
+    "worker": (
+        ["_INBOX.bridge.>", "fleet.worker.*", "fleet.roll", *_BUCKET, *_JOURNAL, *_GUARD, *_SERVER_TIME],
+        ["rpc.>", "told.>", "_INBOX.worker.>", "fleet.>"],
+    ),
     "operator": ([">"], [">"]),
 }
 

@@ -18,6 +18,16 @@ ROLL_CALL = "fleet.roll"
 SESSIONS = "sessions"
 """Bucket of futures state, key = session_key()."""
 
+JOURNAL = "ORDERS"
+"""Stream of all that is known of orders; every subject is <state>.<exchange>.<key>..., so that one filter finds all of one order."""
+
+HALT = "halt"
+HALT_KEY = "record"
+"""Bucket of the kill switch, and its only key."""
+
+RATE = "RATE"
+"""Stream that counts orders per second, rate.<scope>.<second>."""
+
 SERVER_TIME = "$SYS.REQ.USER.INFO"
 """Any user may ask this; the reply carries the server's clock. It needs no JetStream."""
 
@@ -27,6 +37,8 @@ _UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
 
 
 def _escape(text: str) -> str:
+    if text.isascii() and text.isalnum():  # most of them: keys, hashes, names of exchanges
+        return text
     return _UNSAFE.sub(lambda match: b"=%02X" % ord(match[0]), text.encode(errors="replace")).decode()
 
 
@@ -78,3 +90,44 @@ def session_key(path: str, account: str) -> str:
     escaped = _escape(path)
     where = escaped if len(escaped) <= MAX_TOKEN else blake2b(path.encode(errors="replace"), digest_size=16).hexdigest()
     return f"{where}.{token(account)}"
+
+
+def settled(exchange: str, key: str, method: str) -> str:
+    """Where an order lies with its outcome: "orders.okx.1f2e3d.trade". key: its idempotency key; exchange, key and method may be "*"."""
+    return f"orders.{_part(exchange)}.{_part(key)}.{_part(method)}"
+
+
+def unsettled(exchange: str, key: str, account: str, fence: str) -> str:
+    """Where an order lies until its outcome is known. fence: the same for equal orders of an account. Each may be "*"."""
+    return f"unsettled.{_part(exchange)}.{_part(key)}.{_part(account)}.{_part(fence)}.sent"
+
+
+def fenced(exchange: str, key: str, account: str, fence: str) -> str:
+    """Where an order lies besides that was placed without its host being told."""
+    return f"unsettled.{_part(exchange)}.{_part(key)}.{_part(account)}.{_part(fence)}.placed"
+
+
+def anywhere(exchange: str, key: str) -> str:
+    """Finds whatever there is of one order."""
+    return f"*.{token(exchange)}.{token(key)}.>"
+
+
+def equal(exchange: str, account: str, fence: str) -> str:
+    """Finds all equal orders, unsettled or fenced. It begins with a word of its own, for nats-server goes through all that might match:
+    the few that are open, and not the many that are settled (measured on 12,000 of them: 0.2 ms of its time and not 1.6)."""
+    return f"unsettled.{token(exchange)}.*.{token(account)}.{token(fence)}.*"
+
+
+def _part(text: str) -> str:
+    return text if text == "*" else token(text)
+
+
+def told(worker: str, *, arrived: bool | None = None) -> str:
+    """Where a bridge says whether a host has the answer to an order: the payload is its key. worker: the process that gave the answer.
+    arrived: None for either."""
+    return f"told.{token(worker)}.{'*' if arrived is None else 'yes' if arrived else 'no'}"
+
+
+def rate(scope: str, second: int) -> str:
+    """Where orders of one second are counted. scope: whom a limit is for, "account 1f2e..."; second: since the epoch, bus time."""
+    return f"rate.{token(scope)}.{second}"

@@ -1,7 +1,9 @@
 """What the commands share: how they print, fail, read the configuration and find the running system."""
 
 import asyncio
+import getpass
 import os
+import socket
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
@@ -13,6 +15,7 @@ from rich.table import Table
 from bus import server, up
 from bus.config import Config
 from bus.connection import Bus, connected
+from bus.lifecycle import reason
 from bus.start import bus_url, read_config
 
 T = TypeVar("T")
@@ -22,6 +25,10 @@ err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file; default fmzbus.toml where there is one.")]
 StateDir = Annotated[str | None, typer.Option("--state", help="Folder of everything that survives a restart; default ./state.")]
+
+DEMO = ("demo", "demo-secret")
+"""Keys for the paper exchange, where any key opens an account with play money."""
+NO_BUS = "no bus answers; is `fmzbus up` running on this state folder, or [nats] url right?"
 
 
 def configured(path: str | None, state: str | None, **overrides: object) -> Config:
@@ -51,15 +58,39 @@ def service_address(settings: Config) -> str:
     return found.address if found else f"http://{up.bracketed(settings.bridge.host, settings.bridge.port)}"
 
 
-def on_the_bus(settings: Config, look: Callable[[Bus], Coroutine[Any, Any, T]]) -> T:
-    """Connect as an operator, look, leave. Raises TimeoutError within 3 s when there is no bus."""
+def keys(exchange: str) -> tuple[str, str]:
+    """The host's keys for an exchange: of the environment, the demo pair, or what a person types. Never an argument: others see those."""
+    access_key, secret_key = os.environ.get("FMZBUS_ACCESS_KEY"), os.environ.get("FMZBUS_SECRET_KEY")
+    if access_key is not None and secret_key is not None:
+        return access_key, secret_key
+    if exchange.partition("/")[0].lower() in ("paper", "null"):
+        return DEMO
+    if not sys.stdin.isatty():
+        raise failed("no keys: set FMZBUS_ACCESS_KEY and FMZBUS_SECRET_KEY")
+    return typer.prompt("access key", err=True), typer.prompt("secret key", hide_input=True, err=True)
+
+
+def who() -> str:
+    """Who types, "root@host"."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container without a user list
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def on_the_bus(settings: Config, look: Callable[[Bus], Coroutine[Any, Any, T]], within_s: float = 30) -> T:
+    """Connect as an operator, look, leave. Raises TimeoutError within 3 s when there is no bus, and what `look` raises."""
     if not settings.nats.url and not server.was_set_up(settings.state_path):
         raise TimeoutError  # whoever only looks creates nothing
     url = bus_url(settings, "operator")
 
     async def run() -> T:
         async with asyncio.timeout(3) as limit, connected(url, "operator", closed=lambda: None) as bus:
-            limit.reschedule(asyncio.get_running_loop().time() + 30)
+            limit.reschedule(asyncio.get_running_loop().time() + within_s)
             return await look(bus)
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    except BaseExceptionGroup as e:  # the connection's task group wraps what was raised in it
+        raise reason(e) from None

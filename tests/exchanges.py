@@ -50,12 +50,14 @@ SILENT = Answer(delay_s=60)
 
 
 class Exchange:
-    """requests: everything that arrived. script: what is answered next; when it is used up, `otherwise` answers."""
+    """requests: everything that arrived. script: what is answered next; when it is used up, `otherwise` answers. aside: what is answered
+    by itself, by the path's last parts, and is neither scripted nor kept: the look-ups of a worker."""
 
     def __init__(self, otherwise: Callable[[Seen], Answer]) -> None:
         self.otherwise = otherwise
         self.requests: list[Seen] = []
         self.script: deque[Answer] = deque()
+        self.aside: dict[str, Answer] = {}
         self.url = ""
 
     def will(self, *answers: Answer) -> None:
@@ -73,8 +75,10 @@ class Exchange:
             await request.read(),
             id(request.transport),
         )
-        self.requests.append(seen)
-        answer = self.script.popleft() if self.script else self.otherwise(seen)
+        answer = next((answer for part, answer in self.aside.items() if part in seen.path), None)
+        if answer is None:
+            self.requests.append(seen)
+            answer = self.script.popleft() if self.script else self.otherwise(seen)
         await asyncio.sleep(answer.delay_s)
         assert request.transport is not None
         if answer.drop:

@@ -16,6 +16,7 @@ from tests.exchanges import Bitgo
 from workers.check import Report, examine, suite
 from workers.check.bench import CHECKS
 from workers.check.find import venue_class
+from workers.http import Call
 from workers.template import venue as template
 from workers.template.venue import MyExchange
 from workers.venues.bitgo import Bitgo as BitgoVenue
@@ -35,6 +36,17 @@ async def bitgo() -> AsyncIterator[str]:
 
 
 # ---------------------------------------------------------------- planted mistakes
+
+
+class Endless(Paper):
+    """Says that its orders carry an expiry, and sends none."""
+
+    async def _signed(
+        self, call: Call, verb: str, path: str, params: dict[str, str] | None = None, body: Any = None, *, write: bool | None = None
+    ) -> Any:
+        if isinstance(body, dict):
+            body.pop("expires_at", None)
+        return await super()._signed(call, verb, path, params, body, write=write)
 
 
 def planted(folder: Path, number: int, edits: Edits) -> type[Any]:
@@ -65,6 +77,7 @@ async def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]
             only = {name, "accounts"}  # a call whose keys can be looked for
             group.create_task(report(mistake, planted(folder, number, edits), base_url=base_url, paper=True, only=only))
         group.create_task(report("paper", Paper))
+        group.create_task(report("an expiry that is not sent", Endless, only={"expiry-honest"}))
         group.create_task(report("template", MyExchange))
         group.create_task(report("bitgo", BitgoVenue, exchange=bitgo, keys=KEYS, symbol="BTC_CNY"))
     return found
@@ -90,12 +103,20 @@ async def test_bitgo_conforms(reports: dict[str, Report]) -> None:
         "market-orders",  # the stand-in fills nothing
         "balances-frozen",  # its balances stand still
         "lookups-honest",  # it declares none
+        "expiry-honest",  # its orders have none
     }
 
 
+async def test_an_expiry_that_is_told_and_not_sent_is_found(reports: dict[str, Report]) -> None:
+    """Such an order may be executed after it was proven absent."""
+    (finding,) = reports["an expiry that is not sent"].failed
+    assert finding.name == "expiry-honest"
+    assert re.match(r"an order that came 1\.5 s after its expiry was executed as '\d+'", finding.seen), finding.seen
+
+
 async def test_the_template_conforms(reports: dict[str, Report]) -> None:
-    assert not_judged(reports["template"]) == {"positions", "raw-calls-confined"}
-    assert len(reports["template"].findings) == len(CHECKS) == 35
+    assert not_judged(reports["template"]) == {"positions", "raw-calls-confined", "expiry-honest"}
+    assert len(reports["template"].findings) == len(CHECKS) == 36
 
 
 @pytest.mark.parametrize("mistake", [*MISTAKES, *LOSSES])

@@ -2,12 +2,13 @@
 
 import re
 import tomllib
+from decimal import Decimal
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from bus.config import Config, ConfigError, Venue, load
+from bus.config import Config, ConfigError, Limits, Venue, load
 
 OPS = Path(__file__).parent.parent / "ops" / "fmzbus.toml"
 
@@ -56,11 +57,32 @@ def test_the_environment_wins_at_any_depth(tmp_path: Path) -> None:
     assert config.bench is True
 
 
+def test_limits_are_off_or_exact_numbers_for_everybody_an_account_or_a_path(tmp_path: Path) -> None:
+    text = """
+    [guard]
+    max_order_value = 10000.1
+    [guard.accounts.0123456789abcdef]
+    max_open_orders = 3
+    [guard.paths."okx/robot-7"]
+    symbols = ["BTC_USDT"]
+    """
+    guard = load(written(tmp_path, text), {"FMZBUS__GUARD__MAX_ORDERS_PER_S": "5"}).guard
+    assert (guard.max_order_value, guard.max_orders_per_s, guard.symbols) == (Decimal("10000.1"), 5, [])
+    assert guard.accounts == {"0123456789abcdef": Limits(max_open_orders=3)}
+    assert guard.paths == {"okx/robot-7": Limits(symbols=["BTC_USDT"])}
+
+
 @pytest.mark.parametrize(
     ("text", "environ", "said"),
     [
         ("[bridge]\nporrt = 1", {}, "unknown field `porrt` - at `$.bridge`"),
         ("[bridge]\nport = 70000", {}, "`$.bridge.port`"),
+        ("[guard]\nmax_order_value = -1", {}, "max_order_value: expected 0, which is off, or more - at `$.guard`"),
+        ("[guard.paths.okx]\nmax_order_value = inf", {}, "`$.guard.paths[...]`"),
+        ("[guard]\nmax_open_orders = -1", {}, "`$.guard.max_open_orders`"),
+        ("[guard.accounts.my-key]\nmax_open_orders = 1", {}, "$.guard.accounts"),
+        ("[guard.paths.okx]\nmax_orders = 1", {}, "unknown field `max_orders`"),
+        ("[orders]\nrounding = 'up'", {}, "`$.orders.rounding`"),
         ("", {"FMZBUS__BRIDGE__DEADLINE_S": "soon"}, "`$.bridge.deadline_s`"),
         ("[bridge", {}, "fmzbus.toml"),
         ("[venues.'Upper Case']\n", {}, "$.venues"),

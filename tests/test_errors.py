@@ -14,7 +14,10 @@ from bus.errors import (
     BusError,
     Busy,
     Expired,
+    Fenced,
+    GuardRefused,
     Internal,
+    JournalFull,
     NoWorker,
     OutcomeUnknown,
     RateLimited,
@@ -28,7 +31,7 @@ from bus.errors import (
 from bus.messages import Failure, decode_reply, encode
 
 SILENT = [Expired, Busy, NoWorker, BusDown, TimedOut, VenueUnavailable, RateLimited, StaleData]
-LOUD = [BadRequest, VenueRejected, OutcomeUnknown, Internal]
+LOUD = [BadRequest, JournalFull, Fenced, GuardRefused, VenueRejected, OutcomeUnknown, Internal]
 # The words of the documented filter (fmz-protocol A.4), spelled here once more.
 FILTER = "502:|503:|tcp|character|unexpected|network|timeout|WSARecv|Connect|GetAddr|no such|reset|http|received|EOF|reused"
 WORDS = FILTER.split("|")

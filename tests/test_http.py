@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import itertools
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,6 +38,8 @@ HTML = b"<html><body>Bad Gateway</body></html>"
 @pytest_asyncio.fixture(scope="module")
 async def exchange() -> AsyncIterator[Exchange]:
     async with exchanges.serving() as exchange:
+        # The paper venue reads the markets before it trades, and looks an unclear order up: nobody knows of either here.
+        exchange.aside = {"/markets": Answer(b"{}", 503), "/by-client-id/": json({"code": 2011}, 404), "/time": json({"time": 0})}
         yield exchange
 
 
@@ -61,8 +64,12 @@ async def host(system: servers.System) -> AsyncIterator[Host]:
         yield host
 
 
+AMOUNTS = itertools.count(1)
+
+
 async def buy(host: Host, path: str = "bitgo") -> dict[str, Any]:
-    return await host(path, "trade", symbol="BTC_CNY", type="buy", price="1000", amount="1")
+    """An order unlike those before: an equal one would be refused while one of them is unknown."""
+    return await host(path, "trade", symbol="BTC_CNY", type="buy", price="1000", amount=str(next(AMOUNTS)))
 
 
 FAULTS: dict[str, tuple[Answer, str]] = {
@@ -182,20 +189,12 @@ async def test_a_refusal_is_a_refusal(host: Host, exchange: Exchange, status: in
     assert len(exchange.requests) == 2
 
 
-async def test_with_too_little_time_left_nothing_is_sent(system: servers.System, exchange: Exchange) -> None:
-    exchange.will()
-    async with servers.bridge(system.state, bridge__deadline_s=1.4) as (_, address), hosting(address) as host:
-        for reply in (await buy(host), await host("bitgo", "ticker", symbol="BTC")):
-            assert reply == {"error": "timeout: too little time is left to call the exchange; nothing was sent"}
-    assert exchange.requests == []
-
-
 async def test_a_slow_exchange_is_left_in_time_to_answer(system: servers.System, exchange: Exchange) -> None:
-    """A host that waits 2.2 s is answered before, though the exchange may take 5 s: its call ends a second before the deadline."""
+    """A host that waits 2 s is answered before: of its time a tenth is the bridge's, a fifth of the rest the worker's."""
     exchange.will(SILENT, SILENT)
-    async with servers.bridge(system.state, bridge__deadline_s=2.2) as (_, address), hosting(address) as host:
-        assert re.fullmatch(r"timeout: no answer from paper within 0\.[67] s", (await host("paper", "ticker", symbol="BTC"))["error"])
-        assert re.match(r"outcome unknown: no answer from paper within 0\.[67] s; ", (await buy(host, "paper"))["error"])
+    async with servers.bridge(system.state, bridge__deadline_s=2) as (_, address), hosting(address) as host:
+        assert re.fullmatch(r"timeout: no answer from paper within 1\.4 s", (await host("paper", "ticker", symbol="BTC"))["error"])
+        assert re.match(r"outcome unknown: no answer from paper within 1\.4 s; ", (await buy(host, "paper"))["error"])
 
 
 async def test_an_exchange_that_recovers_is_used_again(host: Host, exchange: Exchange) -> None:
@@ -210,8 +209,7 @@ async def test_reads_and_writes_use_connections_of_their_own(host: Host, exchang
         await buy(host)
         await host("bitgo", "accounts")
     write, read, write_again, read_again = [seen.connection for seen in exchange.requests]
-    assert (write, read) == (write_again, read_again)
-    assert write != read
+    assert {write, write_again}.isdisjoint({read, read_again})
 
 
 @pytest.mark.parametrize(
@@ -368,10 +366,12 @@ async def test_what_fails_before_an_order_was_sent_says_that_nothing_was(exchang
 
 
 async def test_an_order_that_was_here_before_and_cannot_be_looked_up_is_unknown(host: Host, exchange: Exchange) -> None:
-    exchange.will(json({"code": 2013, "message": "used before"}, 409), Answer(b"{}", 429))
+    exchange.will(json({"code": 2013, "message": "used before"}, 409))
+    found, exchange.aside["/by-client-id/"] = exchange.aside["/by-client-id/"], Answer(b"{}", 429)
     text = (await buy(host, "paper"))["error"]
+    exchange.aside["/by-client-id/"] = found
     assert text.startswith("outcome unknown: paper answered 429, try again later; the order may be alive, ")
-    assert [seen.verb for seen in exchange.requests] == ["POST", "GET"]
+    assert [seen.verb for seen in exchange.requests] == ["POST"]
 
 
 async def test_a_raw_call_to_bitgo_is_a_write_whatever_verb_the_host_names(host: Host, exchange: Exchange) -> None:

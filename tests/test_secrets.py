@@ -142,9 +142,10 @@ async def all_that_a_robot_does(host: Host, exchange: Exchange) -> list[dict[str
             ]
         exchange.will()
         answers += [await keys("bitgo", "accounts"), await keys("bitgo", "orders", **spot), await keys("bitgo", "__api_transfer", a="1")]
-        for fault in (DROPPED, SILENT, Answer(b"<html>", 502), Answer(b"{"), json({"code": "x"}), json({"code": 9, "msg": "no money"})):
+        faults = (DROPPED, SILENT, Answer(b"<html>", 502), Answer(b"{"), json({"code": "x"}), json({"code": 9, "msg": "no money"}))
+        for amount, fault in enumerate(faults, 1):
             exchange.will(fault)
-            answers.append(await keys("bitgo", "trade", type="buy", price="1", amount="1", **spot))
+            answers.append(await keys("bitgo", "trade", type="buy", price="1", amount=str(amount), **spot))
         answers.append(await keys("dead", "trade", type="buy", price="1", amount="1", **spot))
     return answers
 

@@ -6,18 +6,22 @@ import os
 import sys
 from contextlib import AsyncExitStack
 
-from bus import fleet, lifecycle, logs
+from bus import fleet, lifecycle, logs, subjects
 from bus.admin import admin
 from bus.config import Config, ConfigError
 from bus.connection import connected
 from bus.errors import BusDown
-from bus.lifecycle import Stopping, notify
+from bus.journal import Journal
+from bus.lifecycle import Stopping, notify, running
 from bus.metrics import Metrics
 from bus.seal import Opener
 from bus.sessions import Sessions
 from bus.start import VERSION, ProcessArgs, bus_url, process_args
 from workers import http, pool
 from workers.calls import Calls, timeouts
+from workers.guard import guarding
+from workers.orders import Orders
+from workers.settle import Settler
 from workers.venues import Venue, available
 
 log = logging.getLogger(__name__)
@@ -26,20 +30,41 @@ log = logging.getLogger(__name__)
 async def serve(config: Config, args: ProcessArgs, venues: dict[str, Venue], stopping: Stopping) -> None:
     settings = config.workers
     metrics = Metrics()
+    taking = False
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         bus = await enter(connected(bus_url(config, "worker"), "worker", closed=stopping.fail))
-        session_state = Sessions(bus, config.nats.replicas)
-        with contextlib.suppress(BusDown):  # without JetStream spot goes on; whoever needs futures state is told
-            await session_state.open()
+        sessions = Sessions(bus, config.nats.replicas)
+        journal = Journal(bus, config.orders, config.nats.replicas, disk=config.state_path / "nats" / "store")
+        with contextlib.suppress(BusDown):  # without JetStream reads and cancels go on; whoever needs it is told
+            await sessions.open()
+            await journal.open()
         exchanges = await enter(http.opened(timeouts(config.venues), settings.call_timeout_s, metrics))
-        calls = Calls(bus, Opener(config.keys_path), session_state, venues, exchanges, metrics)
-        ready = lambda: bus.ready and not stopping.is_set  # noqa: E731
+        heard = await enter(fleet.followed(bus))
+        guard = await enter(guarding(bus, config))
+        opener = Opener(config.keys_path)
+        settler = Settler(bus, journal, opener, venues, exchanges, heard, config.orders, metrics)
+        calls = Calls(bus, opener, sessions, venues, exchanges, metrics, Orders(bus, journal, settler, guard, config.orders))
+        ready = lambda: bus.ready and taking and not stopping.is_set  # noqa: E731
         where = await enter(admin(metrics, ready, port=args.admin_port))
-        serving = await enter(pool.serving(bus, venues, calls.answer, max_in_flight=settings.max_in_flight, drain_s=settings.drain_s))
-        metrics.in_flight.set_function(lambda: serving.in_flight)
         metrics.connected.set_function(lambda: bus.nc.is_connected)
-        await enter(fleet.announced(bus, admin=where, version=VERSION, serves=sorted(venues), ready=ready))
+        leave = await enter(fleet.announced(bus, admin=where, version=VERSION, serves=sorted(venues), ready=ready))
+        await settler.before_serving()
+        await enter(running(settler.run()))
+        await bus.nc.subscribe(subjects.told(bus.process), cb=settler.hear)
+        serving = await enter(
+            pool.serving(
+                bus,
+                venues,
+                calls.answer,
+                max_in_flight=settings.max_in_flight,
+                drain_s=settings.drain_s,
+                answered=settler.heard,
+            )
+        )
+        stack.push_async_callback(leave)  # before the pool drains and closes the connection
+        metrics.in_flight.set_function(lambda: serving.in_flight)
+        taking = True
         log.info("ready", extra={"fields": {"exchanges": sorted(venues), "admin": where}})
         notify(READY="1", STATUS=", ".join(sorted(venues)), FMZBUS_ADMIN=where)
         await stopping.wait()

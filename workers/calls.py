@@ -14,10 +14,12 @@ from bus.config import Venue as Settings
 from bus.connection import Bus
 from bus.errors import BadRequest, BusDown, BusError, Expired, Internal, TimedOut, outcome_unknown
 from bus.messages import (
+    Api,
     ContractType,
     Direction,
     Failure,
     MarginLevel,
+    OrderRef,
     Positions,
     Reply,
     Request,
@@ -30,9 +32,10 @@ from bus.messages import (
 )
 from bus.methods import DECODERS, METHODS, Method, host_name, is_write
 from bus.metrics import Metrics
-from bus.seal import Credentials, Opened, Opener
+from bus.seal import Opened, Opener
 from bus.sessions import Session, Sessions
 from workers.http import Call, Http
+from workers.orders import Orders, Send
 from workers.venues import Contracts, Venue
 
 log = logging.getLogger(__name__)
@@ -42,15 +45,25 @@ DIRECTIONS = {"buy": ("buy", "open"), "closesell": ("buy", "close"), "sell": ("s
 
 
 class Calls:
-    """venues: by the name hosts use."""
+    """venues: by the name hosts use. orders: None where writes go straight to the exchange, to judge a venue by itself."""
 
-    def __init__(self, bus: Bus, opener: Opener, sessions: Sessions, venues: Mapping[str, Venue], http: Http, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        opener: Opener,
+        sessions: Sessions,
+        venues: Mapping[str, Venue],
+        http: Http,
+        metrics: Metrics,
+        orders: Orders | None = None,
+    ) -> None:
         self._bus = bus
         self._opener = opener
         self._sessions = sessions
         self._venues = venues
         self._http = http
         self._metrics = metrics
+        self._orders = orders
 
     async def answer(self, data: bytes) -> bytes:
         """Turn one frame into one encoded reply. Raises nothing but CancelledError, once it is cancelled."""
@@ -62,15 +75,17 @@ class Calls:
         try:
             request, opened = self._opener.open(data)
             method, params = _decode(request)
-            call = self._call(request, opened, method, write=is_write(method, params))
+            call = self._call(request, opened, method, data, write=is_write(method, params))
             try:
                 async with asyncio.timeout(call.left_s()):
                     result = await self._run(method, call, params)
             except TimeoutError as e:
+                # An order that was cut off before it was sent may be the repetition of one that was.
+                call.sent = call.sent or (method.places and self._orders is not None)
                 raise call.failed(f"no answer from {call.exchange} in time", TimedOut) from e
-            reply = _success(result)
+            reply = _success(result, tell=self._bus.process if method.places and self._orders is not None else "")
         except BusError as e:
-            reply = Failure(code=e.code, message=_redacted(str(e), call))
+            reply = Failure(code=e.code, message=call.redacted(str(e)) if call else str(e))
         except (Exception, asyncio.CancelledError, SystemExit) as e:
             if isinstance(e, asyncio.CancelledError) and _is_cancelled():
                 raise
@@ -83,7 +98,7 @@ class Calls:
         self._count(request, call, reply, elapsed)
         return encode(reply)
 
-    def _call(self, request: Request, opened: Opened, method: Method, *, write: bool) -> Call:
+    def _call(self, request: Request, opened: Opened, method: Method, frame: bytes, *, write: bool) -> Call:
         call = Call(
             self._http,
             exchange=request.exchange,
@@ -94,6 +109,9 @@ class Calls:
             expires_at_ms=request.expires_at_ms,
             now_ms=self._bus.now_ms,
             write=write,
+            key=request.idempotency_key,
+            asked_ms=request.asked_ms,
+            frame=frame,
         )
         if call.left_s() <= 0:
             raise Expired("the request reached a worker too late; nothing was sent")
@@ -113,12 +131,43 @@ class Calls:
             params = await self._in_session(method, call, params)
         elif isinstance(params, Trade) and params.side not in ("buy", "sell"):
             raise BadRequest(f"type: expected buy or sell, got {params.side}: {call.exchange} trades no contracts")
-        try:
-            result = await function(call, params)
-        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
-            log.error("unreadable answer", extra={"fields": {"exchange": call.exchange, "method": method.name} | _traceback(call)})
-            raise call.unclear("in another format than its venue expects, see the worker's log") from e
+
+        async def send(params: Any) -> Any:
+            try:
+                return await function(call, params)
+            except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
+                log.error("unreadable answer", extra={"fields": {"exchange": call.exchange, "method": method.name} | _traceback(call)})
+                raise call.unclear("in another format than its venue expects, see the worker's log") from e
+
+        if call.write and self._orders is not None:
+            result = await self._written(self._orders, venue, call, params, send)
+        else:
+            result = await send(params)
         return msgspec.structs.replace(result, symbol=symbol) if isinstance(result, Ticker) else result
+
+    @staticmethod
+    async def _written(orders: Orders, venue: Venue, call: Call, params: Struct, send: Send) -> Any:
+        """A write goes through the journal; whatever a venue raises becomes an outcome there."""
+
+        async def told(params: Any) -> Any:
+            try:
+                return await send(params)
+            except BusError as e:
+                raise type(e)(call.redacted(str(e))) from e  # what the exchange said goes into the journal
+            except (Exception, asyncio.CancelledError, SystemExit) as e:
+                if isinstance(e, asyncio.CancelledError) and _is_cancelled():
+                    raise
+                log.error("unhandled error", extra={"fields": {"exchange": call.exchange, "idempotency_key": call.key} | _traceback(call)})
+                raise _internal(call) from e
+
+        match params:
+            case Trade():
+                return await orders.place(venue, call, params, told)
+            case OrderRef():
+                return await orders.cancel(call, params, told)
+            case Api():
+                return await orders.once(call, params, told)
+        raise Internal(f"no such write: {type(params).__name__}")
 
     async def _remember(self, venue: Venue, call: Call, params: Struct) -> Any:
         """io codes 0 to 2: the protocol leaves it to us to keep them."""
@@ -198,27 +247,16 @@ def _decode(request: Request) -> tuple[Method, Struct]:
         raise BadRequest(f"params: {e}") from e
 
 
-def _success(result: Any) -> Success:
+def _success(result: Any, *, tell: str) -> Success:
     if isinstance(result, WithRaw):
-        return Success(data=Raw(encode(result.data)), raw=Raw(encode(result.raw)))
-    return Success(data=result if isinstance(result, Raw) else Raw(encode(result)))
-
-
-BLANK = "***"
-"""What stands where a key was."""
-
-
-def _redacted(text: str, call: Call | None) -> str:
-    """The text without the keys of the request: some exchanges quote what they refuse. A key under 8 signs is a word, not a secret."""
-    keys = call.credentials if call else Credentials("", "")
-    for key in (keys.secret_key, *keys.secret_key.replace(",", "\n").splitlines(), keys.access_key):
-        text = text.replace(key, BLANK) if len(key) >= 8 else text
-    return text
+        return Success(data=Raw(encode(result.data)), raw=Raw(encode(result.raw)), tell=tell)
+    return Success(data=result if isinstance(result, Raw) else Raw(encode(result)), tell=tell)
 
 
 def _traceback(call: Call | None) -> dict[str, str]:
     """The exception that is being handled, as a log field: a venue's own may quote the keys."""
-    return {"traceback": _redacted(traceback.format_exc(), call)}
+    text = traceback.format_exc()
+    return {"traceback": call.redacted(text) if call else text}
 
 
 def _is_cancelled() -> bool:

@@ -21,7 +21,9 @@ from bus.seal import Credentials
 from bus.sessions import Session
 
 MARGIN_S = 1.0
-"""A call to an exchange ends this long before the deadline, so that the reply still arrives."""
+"""A call to an exchange ends this long before the deadline, so that the outcome is written and the reply still arrives."""
+MARGIN_PART = 0.2
+"""Of the time that is left when a request arrives: a margin is never more."""
 MAX_ANSWER = 16 * 1024 * 1024
 LIMITED = (418, 429)
 """The statuses of an exchange that took no notice of the request."""
@@ -50,19 +52,28 @@ class Call:
     """One request on its way through a venue.
 
     exchange: the host's name for it. credentials: of this very request. account: their short hash. client_order_id: of the order
-    that this call places, "" for any other. session: futures state, read once at the start. write: the exchange may change by it.
+    that this call places, "" for any other. expires_at_ms: its deadline, and the expiry that a venue signs into an order where its
+    exchange has one. session: futures state, read once at the start. write: the exchange may change by it. sent: a write may have
+    arrived there. sent_ms, answered_ms: the last write's, bus time, 0 while there is none. key, asked_ms, frame: a write's idempotency
+    key, when the bridge took it, and the request as it travelled: what the journal keeps.
     """
 
     __slots__ = (
         "_http",
         "_now_ms",
         "account",
+        "answered_ms",
+        "asked_ms",
         "client_order_id",
         "credentials",
         "exchange",
         "expires_at_ms",
+        "frame",
+        "key",
+        "margin_s",
         "path",
         "sent",
+        "sent_ms",
         "session",
         "venue_s",
         "write",
@@ -80,6 +91,9 @@ class Call:
         expires_at_ms: int,
         now_ms: Callable[[], int],
         write: bool,
+        key: str = "",
+        asked_ms: int = 0,
+        frame: bytes = b"",
     ) -> None:
         self._http = http
         self._now_ms = now_ms
@@ -90,9 +104,14 @@ class Call:
         self.client_order_id = client_order_id
         self.expires_at_ms = expires_at_ms
         self.write = write
+        self.key = key
+        self.asked_ms = asked_ms
+        self.frame = frame
         self.session = Session()
         self.sent = False
+        self.sent_ms = self.answered_ms = 0
         self.venue_s = 0.0
+        self.margin_s = min(MARGIN_S, self.left_s() * MARGIN_PART)
 
     def now_ms(self) -> int:
         """UTC, by the clock of the bus: what timestamps are signed with."""
@@ -110,6 +129,10 @@ class Call:
         Raises Expired, VenueUnavailable, RateLimited, TimedOut, and for a write OutcomeUnknown.
         """
         return await self._http.send(self, verb, url, headers=headers or {}, body=body, write=self.write if write is None else write)
+
+    def redacted(self, text: str) -> str:
+        """The text without the keys of this request: some exchanges quote what they refuse, and robots mistake one field for another."""
+        return self.credentials.blanked(text)
 
     def unclear(self, what: str) -> BusError:
         """The error for an answer that makes no sense: unknown once a write was sent, unavailable for a read."""
@@ -141,7 +164,7 @@ class Http:
         self._metrics = metrics
 
     async def send(self, call: Call, verb: str, url: str, *, headers: Mapping[str, str], body: bytes | None, write: bool) -> Answer:
-        timeout_s = min(self._timeout_s.get(call.exchange, self._default_s), call.left_s() - MARGIN_S)
+        timeout_s = min(self._timeout_s.get(call.exchange, self._default_s), call.left_s() - call.margin_s)
         if timeout_s <= 0:
             raise call.failed("too little time is left to call the exchange", Expired, "nothing was sent")
         session = self._writes if write else self._reads
@@ -150,6 +173,8 @@ class Http:
         sent_before = call.sent
         try:
             call.sent = sent_before or write
+            if write:
+                call.sent_ms = call.now_ms()
             async with session.request(
                 verb,
                 yarl.URL(url, encoded=True),
@@ -172,6 +197,8 @@ class Http:
             raise call.failed(f"{call.exchange} broke off before it had answered", VenueUnavailable) from e
         finally:
             elapsed = time.perf_counter() - started
+            if write:
+                call.answered_ms = call.now_ms()
             call.venue_s += elapsed
             self._metrics.venue_seconds.labels(call.exchange, outcome).observe(elapsed)
 

@@ -85,9 +85,18 @@ class Pool:
 
 
 @asynccontextmanager
-async def serving(bus: Bus, exchanges: Iterable[str], answer: Answer, *, max_in_flight: int, drain_s: float) -> AsyncIterator[Pool]:
+async def serving(
+    bus: Bus,
+    exchanges: Iterable[str],
+    answer: Answer,
+    *,
+    max_in_flight: int,
+    drain_s: float,
+    answered: Callable[[], Awaitable[None]] | None = None,
+) -> AsyncIterator[Pool]:
     """Take requests until left, then drain: no new ones, the buffered ones answered, the last replies out, then the connection closes.
 
+    answered: waits until the replies have arrived, as far as somebody says so.
     Raises TimeoutError when an exchange hangs longer than drain_s.
     """
     pool = Pool(bus, answer, max_in_flight)
@@ -105,6 +114,8 @@ async def serving(bus: Bus, exchanges: Iterable[str], answer: Answer, *, max_in_
             async with asyncio.timeout(drain_s):
                 await asyncio.gather(*(_stop_taking(subscriber) for subscriber in broker.subscribers))
                 await pool.finished()
+                if answered is not None:
+                    await answered()
         finally:
             bus.leaving = True
             with contextlib.suppress(nats.errors.Error, TimeoutError):  # without a bus there is nobody to take leave of

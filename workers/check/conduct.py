@@ -3,16 +3,19 @@
 import asyncio
 import contextlib
 import secrets
+import time
 from typing import Any
 
 from bus import messages as m
-from workers.calls import BLANK
+from bus.seal import BLANK
 from workers.check.bench import Bench, NotApplicable, check, expect, wrong
 from workers.check.boundary import Stuck, explain
 from workers.check.faults import LIMITED, READ_FAULTS
-from workers.check.proxy import NOT_PASSED_ON
+from workers.check.proxy import NOT_PASSED_ON, Fault
 from workers.check.wire import SHORTEST_KEY, Seen
 
+LATE = Fault("an order that comes late", executed=True, how="drop", wait_s=3.0)
+MOST_OFF_S = 3600
 READS = {"ticker": m.Market, "depth": m.Market, "trades": m.Market, "records": m.Records}
 
 
@@ -58,8 +61,8 @@ async def lookups(bench: Bench) -> str:
     told, answered, _ = await bench.place()
     expect(any(answered.client_order_id in seen.text for seen in answered.sent), f"{answered.client_order_id} was not sent with the order")
     try:
-        found = await bench.boundary.direct(find, bench.settings.keys, answered.client_order_id)
-        absent = await bench.boundary.direct(find, bench.settings.keys, secrets.token_hex(16))
+        found = await bench.boundary.direct(find, bench.settings.keys, answered.client_order_id, bench.settings.symbol)
+        absent = await bench.boundary.direct(find, bench.settings.keys, secrets.token_hex(16), bench.settings.symbol)
     except Stuck as e:
         wrong(str(e))
     except Exception as e:  # noqa: BLE001 - whatever a venue raises here is the finding
@@ -73,6 +76,36 @@ async def lookups(bench: Bench) -> str:
     return f"found {told!r}"
 
 
+@check(
+    "expiry-honest",
+    expects="with time_ms() an order carries call.expires_at_ms: one that comes later is refused, so that its absence can be proven",
+    where="trade",
+    section="promises about orders: proven absent after the signed expiry",
+    trades=True,
+)
+async def expiry(bench: Bench) -> str:
+    venue = bench.boundary.venue
+    time_ms, find = getattr(venue, "time_ms", None), getattr(venue, "find_order", None)
+    if time_ms is None or find is None:
+        raise NotApplicable("there is no time_ms(), or no find_order(): an unclear order is never told to be absent")
+    keys = bench.settings.keys
+    off_s = (await _asked(bench, time_ms) - time.time() * 1000) / 1000
+    expect(abs(off_s) < MOST_OFF_S, f"time_ms() is {off_s:.0f} s off; expected the exchange's clock, UTC in ms")
+    order = await bench.order()
+    answered = await bench.failing(LATE, "trade", order, when=lambda seen: seen.carries(order.amount), left_s=LATE.wait_s / 2)
+    sent = next((seen for seen in answered.sent if seen.carries(order.amount)), None)
+    expect(sent is not None and await bench.proxy.until(lambda: bool(sent.status), LATE.wait_s + 5), f"the order was not sent: {answered}")
+    found = await bench.boundary.direct(find, keys, answered.client_order_id, bench.symbol)
+    expect(found is None, f"an order that came {LATE.wait_s / 2:.1f} s after its expiry was executed as {getattr(found, 'id', found)!r}")
+    return f"an order that came late was refused; the exchange's clock is {off_s:+.1f} s off"
+
+
+async def _asked(bench: Bench, time_ms: Any) -> int:
+    told = await bench.boundary.direct(time_ms, bench.settings.keys)
+    expect(isinstance(told, int), f"time_ms() answered {told!r:.80}; expected UTC in ms")
+    return int(told)
+
+
 async def _not_guessed(bench: Bench, find: Any, client_order_id: str) -> None:
     """None is proof that there is no such order; who cannot know has to raise."""
     access_key, secret_key = bench.settings.keys
@@ -81,7 +114,7 @@ async def _not_guessed(bench: Bench, find: Any, client_order_id: str) -> None:
         name = fault.name if fault else "a wrong secret"
         with bench.proxy.failing(fault) if fault else contextlib.nullcontext():
             try:
-                found = await bench.boundary.direct(find, keys, client_order_id)
+                found = await bench.boundary.direct(find, keys, client_order_id, bench.settings.symbol)
             except Stuck as e:
                 wrong(str(e))
             except Exception:  # noqa: BLE001, S112 - any error will do

@@ -21,8 +21,9 @@ BROKEN = (OSError, EOFError, ValueError, TimeoutError, asyncio.LimitOverrunError
 class Fault(Struct, frozen=True):
     """One way to fail.
 
-    executed: the exchange gets the request before. how: "drop" ends the connection, "silence" says nothing until the venue leaves, "cut"
-    ends it in the middle of the body, "answer" says status, headers and body instead of the exchange's, "edit" changes its body.
+    executed: the exchange gets the request before, wait_s late. how: "drop" ends the connection, "silence" says nothing until the venue
+    leaves, "cut" ends it in the middle of the body, "answer" says status, headers and body instead of the exchange's, "edit" changes its
+    body.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Fault(Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = (("Content-Type", "application/json"),)
     body: bytes = b""
     edit: Callable[[bytes], bytes] = bytes
+    wait_s: float = 0.0
 
 
 NOT_PASSED_ON = Fault("a 503 in the exchange's place", executed=False, how="answer", status=503)
@@ -100,6 +102,8 @@ class Proxy:
         fault = self._due(seen)
         self.seen.append(seen)
         await self._tell()
+        if fault is not None:
+            await asyncio.sleep(fault.wait_s)
         if fault is None or fault.executed:
             answer = await self._ask(request, seen)
         else:
@@ -163,6 +167,7 @@ class Proxy:
             seen.answer = text.encode()
             return Message("HTTP/1.1 502 .", [], seen.answer)
         seen.status, seen.answer = int(answer.start.split()[1]), answer.body
+        await self._tell()
         return answer
 
 

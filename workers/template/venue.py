@@ -112,7 +112,7 @@ class MyExchange:
         await self._send(call, "DELETE", f"/orders/{quote(params.id, safe='')}")
         return True  # a refusal was raised above
 
-    async def find_order(self, call: Call, client_order_id: str) -> m.Order | None:
+    async def find_order(self, call: Call, client_order_id: str, symbol: str) -> m.Order | None:
         try:
             return order(await self._send(call, "GET", f"/orders/by-client-id/{client_order_id}"))
         except NotFound:  # nothing else is proof that there is no order

@@ -30,6 +30,7 @@ from bus.messages import (
     WithRaw,
 )
 from workers.http import Call
+from workers.rules import Rules
 
 PUBLIC = frozenset({"ticker", "depth", "trades", "records"})
 """What most exchanges answer alike to everybody."""
@@ -82,7 +83,23 @@ class Contracts(Protocol):
 class Lookup(Protocol):
     """Must be offered where lookups has "client_order_id": the order, or None where the exchange says there is none."""
 
-    async def find_order(self, call: Call, client_order_id: str) -> Order | None: ...
+    async def find_order(self, call: Call, client_order_id: str, symbol: str) -> Order | None: ...
+
+
+class Expiry(Protocol):
+    """May be offered where an order carries call.expires_at_ms as the exchange's own expiry (recvWindow, expTime, deadline), so that it
+    refuses the order from then on: the exchange's clock, UTC in ms. Only with it is an order ever told to be absent."""
+
+    async def time_ms(self, call: Call) -> int: ...
+
+
+class KnowsMarkets(Protocol):
+    """May be offered: what the exchange says about one market, so that an order is made to fit, or told why not, before it is sent.
+
+    Asked once in ten minutes a symbol. Raises for a symbol it does not list.
+    """
+
+    async def rules(self, call: Call, symbol: str) -> Rules: ...
 
 
 VENUES = {

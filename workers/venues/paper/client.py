@@ -33,6 +33,7 @@ from bus.messages import (
     plain,
 )
 from workers.http import Answer, Call
+from workers.rules import Rules
 from workers.venues import PUBLIC
 
 V1 = "/api/v1"
@@ -127,6 +128,19 @@ class Paper:
         rows = await self._get(call, "/candles", symbol=instrument(params.symbol), interval=str(params.period_m), limit=str(limit))
         return [Candle(row[0] // 1000, *(number(value) for value in row[1:])) for row in rows]
 
+    async def rules(self, call: Call, symbol: str) -> Rules:
+        wanted = instrument(symbol)
+        for row in await self._get(call, "/markets"):
+            if row["symbol"] == wanted:
+                return Rules(
+                    tick=number(row["tick_size"]),
+                    lot=number(row["lot_size"]),
+                    min_amount=number(row["min_amount"]),
+                    min_value=number(row["min_notional"]),
+                    contract_size=number(row["contract_size"]),
+                )
+        raise VenueRejected(f"paper lists no market {wanted}")
+
     async def accounts(self, call: Call, _params: Empty) -> WithRaw:
         raw = await self._signed(call, "GET", f"{V1}/account")
         return WithRaw([Balance(row["currency"], number(row["free"]), number(row["frozen"])) for row in raw["balances"]], raw)
@@ -175,7 +189,10 @@ class Paper:
         except _NotFound:
             return None
 
-    async def find_order(self, call: Call, client_order_id: str) -> Order | None:
+    async def time_ms(self, call: Call) -> int:
+        return int((await self._get(call, "/time"))["time"])
+
+    async def find_order(self, call: Call, client_order_id: str, symbol: str) -> Order | None:
         row = await self._by_client_id(call, client_order_id)
         return None if row is None else _order(row)
 
