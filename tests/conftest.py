@@ -10,6 +10,10 @@ from tests import paper, servers
 from tests.host import Host, hosting
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=200, help="how many cases the crash harness plays (tests/test_crashes.py)")
+
+
 @pytest_asyncio.fixture(scope="module")
 async def shared_system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[servers.System]:
     """One system for all tests of a module: each uses keys of its own, and leaves no futures state that another would meet."""
