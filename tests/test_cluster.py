@@ -97,7 +97,7 @@ async def placed(host: Host, amount: str) -> dict[str, Any]:
             reply = await host("paper", "trade", symbol="BTC_USDT", type="buy", price="1000", amount=amount)
             if "data" in reply:
                 return reply
-            assert reply["error"].startswith(("network", "guard: the halt record cannot be read", "timeout")), reply
+            assert reply["error"].startswith(("network", "timeout")), reply
 
 
 async def test_a_cluster_that_loses_a_node_trades_on_and_one_without_a_quorum_cancels_on(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ async def test_a_cluster_that_loses_a_node_trades_on_and_one_without_a_quorum_ca
             while (reply := await host("paper", "cancel", symbol="BTC_USDT", id=first)).get("data") is not True:
                 assert reply["error"].startswith(("network", "timeout")), reply
         refused = await host("paper", "trade", symbol="BTC_USDT", type="buy", price="1000", amount="0.03")
-        assert refused["error"].startswith(("network: ", "guard: the halt record cannot be read; order not sent"))
+        assert refused["error"].startswith("network: ")
         assert (await host("paper", "cancel", symbol="BTC_USDT", id=second))["data"] is True
 
         await nodes.start(leader)

@@ -19,7 +19,7 @@ from msgspec import Struct
 from bus import config, server
 from bus.config import Config, Limits
 from bus.connection import Bus, connected
-from bus.errors import SILENCED, BadRequest, BusError, Expired, GuardRefused
+from bus.errors import SILENCED, BadRequest, BusDown, BusError, Expired, GuardRefused
 from bus.halt import Halt, Halts, Record
 from bus.messages import OrderRef, Trade
 from bus.metrics import Metrics
@@ -120,7 +120,7 @@ def refusal(check: Callable[[], None]) -> str:
     """What the check says, "" where it lets pass."""
     try:
         check()
-    except GuardRefused as e:
+    except (GuardRefused, BusDown) as e:
         return e.text
     return ""
 
@@ -184,8 +184,8 @@ async def test_a_halt_is_kept_over_a_restart_and_unread_means_refused(state: Pat
         stopped = time.monotonic()
         await servers.eventually(lambda: refusal(lambda: guard.check(call)), within_s=UNREAD_S + 0.5)
         assert time.monotonic() - stopped > UNREAD_S - 0.6  # it was true when it was read last
-        assert refusal(lambda: guard.check(call)) == "guard: the halt record cannot be read; order not sent"
-        with pytest.raises(GuardRefused, match="cannot be read; a raw write"):
+        assert refusal(lambda: guard.check(call)) == "network: the halt record cannot be read; order not sent"
+        with pytest.raises(BusDown, match="cannot be read; a raw write"):
             await guard.admit_raw(call)
         here.nats.send(signal.SIGCONT)
         await servers.eventually(lambda: not refusal(lambda: guard.check(call)), within_s=10)
@@ -387,7 +387,7 @@ async def test_the_count_survives_its_stream_and_refuses_without_jetstream(state
         await guard.admit(here.venue, here.call(), BUY)
         await here.nats.stop(9)
         await servers.eventually(lambda: not here.bus.nc.is_connected)
-        with pytest.raises(GuardRefused, match=r"orders cannot be counted|the halt record cannot be read"):
+        with pytest.raises((GuardRefused, BusDown), match=r"orders cannot be counted|the halt record cannot be read"):
             await guard.admit(here.venue, here.call(), BUY)
         async with servers.nats(state):
             await servers.eventually(lambda: here.bus.nc.is_connected)

@@ -51,7 +51,7 @@ async def test_what_was_written_is_short_and_passes_its_checks_and_its_test(fold
     status, out = checked.result()
     assert status == 0, out
     assert out.splitlines()[0] == "demo:Demo, against a paper exchange of its own"
-    assert " s: 33 ok, 2 n/a" in out
+    assert " s: 33 ok, 3 n/a" in out
     status, out = tested.result()
     assert status == 0, out
     assert "2 passed" in out

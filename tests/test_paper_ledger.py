@@ -262,9 +262,12 @@ async def test_after_kills_the_ledger_is_what_was_told_plus_what_was_lost(tmp_pa
 async def test_an_executed_and_dropped_order_is_told_as_unknown_and_the_ledger_knows(shared_system: System) -> None:
     status, out, _ = await fmzbus(shared_system, "paper", "fault", "execute-then-drop", "--count", "1")
     assert (status, out) == (0, "armed #1 execute-then-drop, once, on POST /api/v1/orders|DELETE /api/v1/orders*\n")
+    blind = ("paper", "fault", "http-503", "--path", "GET /api/v1/orders/by-client-id/*")
+    assert (await fmzbus(shared_system, *blind))[0] == 0  # or the worker would look it up, and nothing be unknown
     async with hosting(shared_system.address, 1) as host:
         assert "data" in await host("paper", "ticker", symbol="BTC_USDT")
         reply = await host("paper", "trade", symbol="BTC_USDT", type="buy", price="1000", amount="0.5")
+        assert (await fmzbus(shared_system, "paper", "fault", "--clear"))[0] == 0
         told = re.fullmatch(r"outcome unknown: .*; client order id ([0-9a-f]{32})", reply["error"])
         assert told, reply
         assert "data" in await host("paper", "trade", symbol="BTC_USDT", type="buy", price="1000", amount="0.25")

@@ -19,7 +19,7 @@ from nats.js.api import StorageType, StreamConfig
 from bus import subjects
 from bus.config import Config, Limits
 from bus.connection import Bus
-from bus.errors import BusError, Expired, GuardRefused
+from bus.errors import BusDown, BusError, Expired, GuardRefused
 from bus.halt import Halts, Record, path_name, path_names
 from bus.lifecycle import running
 from bus.messages import Market, OrderList, Trade, WithRaw
@@ -86,7 +86,7 @@ class Guard:
     async def admit(self, venue: Venue, call: Call, trade: Trade) -> Trade:
         """Let an order pass, perhaps rounded to the exchange's steps. trade: in plain terms, side buy or sell.
 
-        Raises GuardRefused for a halt or a limit, BadRequest for what does not fit, Expired.
+        Raises GuardRefused for a halt or a limit, BusDown where a halt cannot be known, BadRequest for what does not fit, Expired.
         """
         self.check(call)
         scopes = self._scopes(call)
@@ -103,11 +103,11 @@ class Guard:
         return trade
 
     def check(self, call: Call) -> None:
-        """The kill switch alone, from memory: asked once more just before an order is sent. Raises GuardRefused."""
+        """The kill switch alone, from memory: asked once more just before an order is sent. Raises GuardRefused, BusDown."""
         self._check_halt(call, "order not sent")
 
     async def admit_raw(self, call: Call) -> None:
-        """Let a raw write pass: nobody knows what is in it, so that most limits refuse it. Raises GuardRefused."""
+        """Let a raw write pass: nobody knows what is in it, so that most limits refuse it. Raises GuardRefused, BusDown."""
         self._check_halt(call, RAW)
         scopes = self._scopes(call)
         for scope in scopes:
@@ -126,7 +126,7 @@ class Guard:
 
     def _check_halt(self, call: Call, consequence: str) -> None:
         if self._monotonic() - self._read_at > UNREAD_S:
-            raise GuardRefused(f"guard: the halt record cannot be read; {consequence}")
+            raise BusDown(f"the halt record cannot be read; {consequence}")  # no rule of anybody's: the bus is away
         if stop := self._record.stops(call.account, call.exchange, call.path):
             what, halt = stop
             raise GuardRefused(f"guard: {what} is halted {halt}; {consequence}")
