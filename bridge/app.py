@@ -20,7 +20,7 @@ from bus import config
 from bus.connection import Bus
 from bus.errors import BadRequest, BusError, Busy, Internal, NoWorker, TimedOut, outcome_unknown
 from bus.messages import Failure, Request, Spans, encode_exact
-from bus.methods import is_write
+from bus.methods import METHODS, is_write
 from bus.metrics import Metrics
 from bus.seal import Sealer, frame
 
@@ -136,7 +136,7 @@ class Bridge:
             route = self._routes.find(request.rel_url.raw_path)
             if route.known:
                 exchange = route.exchange
-            if self.in_flight > self._settings.max_in_flight:
+            if self.in_flight > self._settings.max_in_flight * (2 if method == "cancel" else 1):  # which finds room where others do not
                 raise Busy(f"{self._settings.max_in_flight} requests are in flight already")
             params = fmz.encode_params(call.params)
             if is_write(call.method, call.params):
@@ -179,7 +179,7 @@ class Bridge:
         except Exception:
             log.exception("unhandled error")  # the traceback stays here, the host gets one line
             told = "internal error, see the bridge's log"
-            error = outcome_unknown(told, key) if key else Internal(told)
+            error = outcome_unknown(told, key if METHODS[method].places else "") if key else Internal(told)
             content, outcome = fmz.refuse(error), error.code
         finally:
             if self._open_keys.get(key) is request.protocol:
@@ -215,7 +215,7 @@ class Bridge:
         the first has hung up, for then the second is its repetition."""
         key = fmz.idempotency_key(path, call, params, by_nonce=self._by_nonce)
         first = self._open_keys.get(key)
-        if first is not None and first.transport is not None:
+        if first is not None and first.transport is not None and not first.transport.is_closing():
             key = fmz.idempotency_key(path, call, params, by_nonce=False)
         self._open_keys[key] = connection
         return key

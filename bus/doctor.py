@@ -205,7 +205,7 @@ async def on_the_bus(bus: Bus, url: str, config: Config) -> AsyncIterator[Findin
 
 async def orders(bus: Bus, config: Config) -> AsyncIterator[Finding]:
     """Whether orders would go out, and which wait for a person."""
-    journal = Journal(bus, config.orders, config.nats.replicas)
+    journal = Journal(bus, config.orders, config.nats.replicas, disk=config.state_path / "nats" / "store")
     try:
         waiting = [await journal.hold(place) for place in (await journal.unsettled())[:MOST_SHOWN]]
         used, halted = await journal.room(), (await Halts(bus, config.nats.replicas).read())[0].rows()
@@ -215,7 +215,11 @@ async def orders(bus: Bus, config: Config) -> AsyncIterator[Finding]:
     yield judged(used < NEARLY_FULL, "journal", f"{used:.0%} full", "see `fmzbus orders --unsettled`; raise [orders] keep_orders")
     over_ms = bus.now_ms() - int(config.orders.settle_after_s * 1000) - LATE_MS
     late = [one.intent.key for one in waiting if one is not None and one.intent.expires_at_ms < over_ms]
-    seen = f"{len(late)} long past their deadline: {', '.join(key[:8] for key in late[:5])}" if late else "none waits for a person"
+    seen = (
+        f"{len(late)} long past their deadline: {', '.join(key[:8] for key in late[:5])}"
+        if late
+        else f"{len(waiting)}, none of them overdue"
+    )
     yield judged(not late, "unsettled orders", seen, "`fmzbus orders --unsettled` tells what each waits for", level="warn")
     told = ", ".join(f"{what} {halt}" for what, halt in halted) or "nothing"
     yield judged(not halted, "halted", told, "`fmzbus resume` ends a halt", level="warn")

@@ -77,20 +77,22 @@ async def announced(
             )
         )
 
-    async def called(_message: Msg) -> None:
-        await bus.nc.publish(subject, now())
-
-    async def leave() -> None:
-        nonlocal leaving
-        leaving = True
+    async def say() -> None:
         if bus.nc.is_connected:
             with contextlib.suppress(nats.errors.Error):
                 await bus.nc.publish(subject, now())
 
+    async def called(_message: Msg) -> None:
+        await say()
+
+    async def leave() -> None:
+        nonlocal leaving
+        leaving = True
+        await say()
+
     async def beat() -> None:
         while True:
-            if bus.nc.is_connected:
-                await bus.nc.publish(subject, now())
+            await say()
             await asyncio.sleep(BEAT_S)
 
     roll_call = await bus.nc.subscribe(subjects.ROLL_CALL, cb=called)

@@ -41,7 +41,8 @@ class NotOne(Exception):
 class Entry(Struct, frozen=True, kw_only=True):
     """One order, raw write or cancel; each *_ms is when that was written, 0 for never.
 
-    waiting: it lies among the unsettled. sealed: with the credentials to look it up.
+    waiting: it lies among the unsettled. sealed: with the credentials to look it up. fenced: it was placed, its host may not know, and
+    an equal one is refused; asked of single orders only.
     """
 
     intent: Intent
@@ -52,6 +53,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     outcome_ms: int = 0
     waiting: bool = False
     sealed: bool = False
+    fenced: bool = False
 
     def state(self, now_ms: int) -> State:
         if self.outcome is not None:
@@ -85,8 +87,14 @@ class Entry(Struct, frozen=True, kw_only=True):
             name: msgspec.structs.asdict(one) if one else None for name, one in (("unknown", self.unknown), ("outcome", self.outcome))
         }
         written = {name: getattr(self, name) for name in ("intent_ms", "unknown_ms", "outcome_ms")}
-        seen = {"state": self.state(now_ms), "waiting": self.waiting, "needs_a_person": self.needs_a_person, "told": self.told}
-        return msgspec.structs.asdict(self.intent) | {"asked_for": self.intent.asked_for} | seen | written | records
+        seen = {
+            "state": self.state(now_ms),
+            "waiting": self.waiting,
+            "needs_a_person": self.needs_a_person,
+            "fenced": self.fenced,
+            "told": self.told,
+        }
+        return msgspec.structs.asdict(self.intent) | {"asked_for": self.intent.asked_for, "fenced": self.fenced} | seen | written | records
 
 
 def told(outcome: Outcome) -> str:
@@ -134,7 +142,7 @@ async def one(journal: Journal, key: str) -> Entry | None:
     held = await journal.held("*", key)  # first: it goes after its outcome has come
     settled = await journal.settled("*", key)
     if settled is not None:
-        return _seen(settled, waiting=False)
+        return msgspec.structs.replace(_seen(settled, waiting=False), fenced=await journal.is_fenced(key))
     return _seen(held.entry, waiting=True) if held is not None else None
 
 
@@ -161,7 +169,10 @@ async def find(bus: Bus, journal: Journal, typed: str) -> Entry:
         raise NotOne(f"{len(found)} orders begin with {prefix}: {named}; give more of it")
     entry = await one(journal, found[0]) if found else None
     if entry is None:
-        raise NotOne(f"the journal has no order {prefix}; `fmzbus orders --since 1d --cancels` lists what it has")
+        raise NotOne(
+            f"the journal has no order {prefix}: nothing is sent before it is there, and it stays [orders] keep_days;"
+            " `fmzbus orders --since 1d --cancels` lists what it has"
+        )
     return entry
 
 

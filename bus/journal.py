@@ -10,6 +10,7 @@ The stream captures no subject that is requested and replied to: it would answer
 
 import contextlib
 import shutil
+import time
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +22,7 @@ from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from bus import config, subjects
 from bus.connection import Bus
+from bus.errors import BusDown
 from bus.messages import plain
 from bus.streams import ACK_S, FIRST, Duplicate, Record, Streams
 
@@ -71,6 +73,8 @@ class Intent(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def asked_for(self) -> str:
         """For people: "buy 0.01 BTC_USDT at 50000"."""
         if self.method == "trade":
+            if self.side == "buy" and self.price == "market" and not self.offset:  # its amount is money
+                return f"buy {self.symbol} for {self.amount} {self.symbol.partition('_')[2]} at market"
             words = (self.side, self.offset, self.amount, self.symbol, "at", self.price)
             return " ".join(word for word in words if word)
         return f"cancel {self.order_id} {self.symbol}".rstrip() if self.method == "cancel" else self.resource
@@ -172,18 +176,23 @@ class Journal:
         sequence = await self._streams.write(_place(intent), msgspec.json.encode(entry), after=FIRST, among=among, within_s=within_s)
         return Held(msgspec.structs.replace(entry, journaled_ms=self._bus.now_ms()), sequence)
 
-    async def equal(self, intent: Intent, within_s: float = ACK_S) -> Entry | None:
-        """An equal order that its host may not know of: told to be unknown, past its deadline without an outcome, or placed untold.
-        Raises BusDown."""
+    async def equal(self, intent: Intent, within_s: float = ACK_S, before: int | None = None) -> Entry | None:
+        """An equal order that its host may not know of: told to be unknown, past its deadline without an outcome, placed untold; or on its
+        way, begun before this one. before: this one's sequence, None where it has none yet. Raises BusDown."""
         wanted = subjects.equal(intent.exchange, intent.account, intent.fence)
-        sequence = 1
-        while record := await self._streams.next(subjects.JOURNAL, wanted, sequence, within_s):
+        sequence, until_s = 1, time.monotonic() + within_s
+        while record := await self._streams.next(subjects.JOURNAL, wanted, sequence, until_s - time.monotonic()):
             sequence = record.sequence + 1
             other = _decode(record.data)
-            may_be_unknown = other.unknown or other.outcome or self._bus.now_ms() > other.intent.expires_at_ms
-            if other.intent.key != intent.key and may_be_unknown:
+            if other.intent.key != intent.key and (before is None or record.sequence < before or self.may_be_unknown(other)):
                 return other
+            if time.monotonic() > until_s:
+                raise BusDown("too many equal orders are on their way; order not sent")
         return None
+
+    def may_be_unknown(self, entry: Entry) -> bool:
+        """Whether the host of an order may not know what became of it; else it waits for the answer still."""
+        return bool(entry.unknown or entry.outcome or self._bus.now_ms() > entry.intent.expires_at_ms)
 
     async def mark_unknown(self, held: Held, unknown: Outcome, within_s: float = ACK_S) -> Held:
         """From here on an equal order is refused. Raises BusDown, JournalFull."""
@@ -221,6 +230,10 @@ class Journal:
     async def lift(self, intent: Intent) -> None:
         """Its host was told after all. Raises BusDown."""
         await self._streams.purge(subjects.JOURNAL, _fence(intent))
+
+    async def is_fenced(self, key: str) -> bool:
+        """Whether it was placed, and an equal one is still refused. Raises BusDown."""
+        return await self._streams.next(subjects.JOURNAL, subjects.fenced("*", key, "*", "*")) is not None
 
     async def note(self, intent: Intent, outcome: Outcome | None = None) -> None:
         """Write a cancel's intent, or its outcome, without waiting for anything: a cancel goes out whatever the journal does."""

@@ -201,6 +201,9 @@ def settle_command(
     now_ms, entry = _do(settings, look)
     intent = entry.intent
     known: Literal["placed", "done"] = "placed" if intent.method == "trade" else "done"
+    if entry.fenced and outcome == "placed":
+        _lift(settings, entry, now_ms, yes=yes)
+        return
     if why_not := _why_not(entry, now_ms, settings.orders.settle_after_s):
         raise failed(f"{intent.key} {why_not}")
     if outcome not in (known, "absent"):
@@ -221,13 +224,31 @@ def settle_command(
             settled = await journal.settled("*", intent.key)
             return settled.outcome if settled is not None and settled.outcome is not None else word
         first = await journal.finish(held, word)
-        await journal.told(held)
+        await (journal.untold(held, first) if first.state == "placed" else journal.told(held))
         return first
 
     first = _do(settings, write, "NOT settled: ")
     if first != word:
         raise failed(f"settled meanwhile, and that stays: {_became(first)}")
     out.print(f"settled: {_became(first)}")
+    if first.state == "placed":
+        told = f"an equal order is refused until nobody has tried for {settings.orders.fence_s:g} s: its robot may still be repeating it"
+        out.print(f"{told}; the same command again opens the fence at once")
+    else:
+        out.print("its fence is open")
+
+
+def _lift(settings: Config, entry: Entry, now_ms: int, *, yes: bool) -> None:
+    """The person knows that it was placed: an equal order is no repetition of it."""
+    _print_order(entry)
+    out.print(f"now: {_open(entry, now_ms)}")
+    if not yes:
+        typer.confirm("open its fence? An equal order of this account will be a second one", abort=True)
+
+    async def lift(_bus: Bus, journal: Journal) -> None:
+        await journal.lift(entry.intent)
+
+    _do(settings, lift, "NOT opened: ")
     out.print("its fence is open")
 
 
@@ -311,13 +332,15 @@ def _next(entry: Entry, now_ms: int, serving: set[str]) -> str:
 
 def _is_fenced(entry: Entry, now_ms: int) -> bool:
     """Whether an equal order is refused because of it."""
-    return entry.intent.method == "trade" and entry.waiting and entry.state(now_ms) == "unknown"
+    return entry.fenced or (entry.intent.method == "trade" and entry.waiting and entry.state(now_ms) == "unknown")
 
 
 def _open(entry: Entry, now_ms: int) -> str:
     state = entry.state(now_ms)
     if state == "in flight":
         return f"in flight for at most {(entry.intent.expires_at_ms - now_ms) / 1000:.1f} s more"
+    if entry.fenced:
+        return f"settled ({state}); fenced: its host may not know, an equal order is refused until nobody has tried for a while"
     if state != "unknown":
         return f"settled ({state}); nothing waits for it"
     if entry.intent.method == "cancel":

@@ -90,7 +90,10 @@ class Sessions:
         except _LOST as e:
             self._bucket = None  # a server that came back without its disk: the next call makes the bucket again
             raise BusDown("futures state cannot be read; nothing was guessed, nothing was sent") from e
-        return _decode(entry.value or b"{}"), entry.revision or 0
+        try:
+            return _decode(entry.value or b"{}"), entry.revision or 0
+        except msgspec.MsgspecError as e:
+            raise BusDown("futures state is not readable by this version; nothing was guessed, nothing was sent") from e
 
     async def all(self) -> dict[str, Session]:
         """Every state there is: "okx=2Frobot-7.<account>" -> state."""

@@ -1,6 +1,8 @@
 """JetStream as the journal speaks it: a record on disk or an error that says what to think, and reads from the stream's leader."""
 
+import asyncio
 import base64
+import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -18,6 +20,8 @@ from bus.errors import BusDown, BusError, Internal, JournalFull
 ACK_S = 1.0
 """How long the journal may take for one record."""
 WRONG_SEQUENCE = 10071
+NOT_DECIDED, DECIDED_S = 10164, 0.01
+"""A cluster is about to write another record there: what comes of it is known a moment later."""
 FULL = (10002, 10023, 10047, 10077)
 """Err codes of nats-server for a stream, an account or a disk without room."""
 NO_MESSAGE = 10037
@@ -97,9 +101,13 @@ class Streams:
         """
         headers = {} if after is None else {LAST: str(after)} | ({LAST_AMONG: among} if among else {})
         self._bus.check()
+        until_s = time.monotonic() + min(ACK_S, within_s)
         try:
             return (await self._js.publish(subject, data, timeout=min(ACK_S, within_s), headers=headers or None, msg_ttl=ttl_s)).seq
         except nats.js.errors.APIError as e:
+            if e.err_code == NOT_DECIDED and (left_s := until_s - time.monotonic() - DECIDED_S) > 0:
+                await asyncio.sleep(DECIDED_S)
+                return await self.write(subject, data, after=after, among=among, within_s=left_s, ttl_s=ttl_s)
             if e.err_code == WRONG_SEQUENCE:
                 raise Duplicate from None
             if e.err_code in FULL:
@@ -170,11 +178,19 @@ class Streams:
 
     async def subjects(self, stream: str, wanted: str) -> list[str]:
         """Of every message there, in order. Raises BusDown."""
-        try:
-            info = await self._js.stream_info(stream, subjects_filter=wanted)
-        except LOST as e:
-            raise BusDown("the journal does not answer") from e
-        return sorted(info.state.subjects or {})
+        found: list[str] = []
+        total = 1
+        while len(found) < total:  # the server tells 100,000 at a time
+            question = {"subjects_filter": wanted, "offset": len(found)}
+            page = msgspec.json.decode((await self._ask(f"$JS.API.STREAM.INFO.{stream}", question)).data)
+            if "state" not in page:
+                raise BusDown("the journal does not answer")
+            names = page["state"].get("subjects") or {}
+            if not names:
+                break
+            found += names
+            total = page.get("total", 0)
+        return sorted(found)
 
     async def _ask(self, subject: str, question: Any, *, within_s: float = ACK_S) -> Msg:
         self._bus.check()

@@ -18,14 +18,16 @@ T = TypeVar("T")
 app = typer.Typer()
 MOST_REASON = 200
 
-Account = Annotated[str, typer.Option(help="Only this account, by its hash: `account` in the log of writes, the end of a session's key.")]
-At = Annotated[str, typer.Option("--path", help="Only this path of a service address: okx/robot-7; okx means all robots there.")]
+Account = Annotated[
+    str | None, typer.Option(help="Only this account, by its hash: as `fmzbus orders` shows it, and the end of a session's key.")
+]
+At = Annotated[str | None, typer.Option("--path", help="Only this path of a service address: okx/robot-7; okx means all robots there.")]
 
 
 @app.command("halt")
 def halt_command(
-    account: Account = "",
-    path: At = "",
+    account: Account = None,
+    path: At = None,
     reason: Annotated[str, typer.Option(help="Told to whoever is refused.")] = "",
     show: Annotated[bool, typer.Option("--show", help="Change nothing; list what is halted.")] = False,  # noqa: FBT002 - typer's own way
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,  # noqa: FBT002 - as above
@@ -50,13 +52,14 @@ def halt_command(
     record = _do(settings, stop, "NOT halted")
     _print(record, as_json=as_json)
     if not as_json:
-        out.print("Workers refuse new orders there within 1 s; cancels and reads go on, open orders stay open. `fmzbus resume` ends it.")
+        out.print("Workers refuse new orders there within 1 s; cancels and reads go on, open orders stay open.")
+        out.print("`fmzbus resume`, with the same options, ends it.")
 
 
 @app.command("resume")
 def resume_command(
-    account: Account = "",
-    path: At = "",
+    account: Account = None,
+    path: At = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,  # noqa: FBT002 - typer's own way
     config: ConfigFile = None,
     state: StateDir = None,
@@ -81,14 +84,14 @@ def resume_command(
         raise typer.Exit(1)
 
 
-def _scope(account: str, path: str) -> tuple[str, str]:
-    """Checked, as the record spells it: a mistyped name would stop nothing."""
-    if account and not re.fullmatch(ACCOUNT, account.lower()):
+def _scope(account: str | None, path: str | None) -> tuple[str, str]:
+    """Checked, as the record spells it: a mistyped name would stop nothing, and an empty one, of a variable that is not set, everything."""
+    if account is not None and not re.fullmatch(ACCOUNT, account.lower()):
         raise failed(f"--account: expected the 16 signs [0-9a-f] of an account's hash, got {account!r}; nothing was changed")
-    name = path_name(path)
-    if path and (not name or " " in name or not name.isprintable()):
+    name = path_name(path or "")
+    if path is not None and (not name or " " in name or not name.isprintable()):
         raise failed(f"--path: expected a path such as okx/robot-7, got {path!r}; nothing was changed")
-    return account.lower(), name
+    return (account or "").lower(), name
 
 
 def _do(settings: Config, job: Callable[[Halts, Bus], Coroutine[Any, Any, T]], otherwise: str) -> T:

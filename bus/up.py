@@ -24,7 +24,8 @@ from bus import seal, server
 from bus.config import Config, Venue, environment
 from bus.lifecycle import LISTEN_FD, die_with_parent
 
-READY_S = 20.0
+READY_S = 45.0
+"""A worker may settle for 30 s before it serves."""
 PATIENCE_S = 20.0
 """How long a child may take to drain before it is killed; its own limit is 15 s."""
 FIRST_WAIT_S, LONGEST_WAIT_S, STEADY_S = 0.25, 30.0, 10.0

@@ -13,10 +13,14 @@ import nats
 import pytest
 
 from bus import seal, server, subjects
-from bus.config import environment
+from bus.config import Orders, environment
+from bus.connection import connected
+from bus.journal import Held, Journal, Outcome
+from bus.streams import Duplicate
 from tests import paper, servers
 from tests.host import Host, hosting
 from tests.servers import Running
+from tests.test_journal import intent as one_intent
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +104,18 @@ async def placed(host: Host, amount: str) -> dict[str, Any]:
             assert reply["error"].startswith(("network", "timeout")), reply
 
 
+async def one_of_many_begins(nodes: Cluster) -> None:
+    """A cluster that is about to write one record says of another only that it cannot tell yet."""
+    async with connected(nodes.url("worker"), "worker", closed=lambda: None) as bus:
+        journal, intent = Journal(bus, Orders(), NODES), one_intent()
+        begun = await asyncio.gather(*(journal.begin(intent, b"") for _ in range(30)), return_exceptions=True)
+        (held,) = [one for one in begun if not isinstance(one, Duplicate)]
+        assert isinstance(held, Held), held
+        outcomes = [Outcome(state="refused", message=str(number)) for number in range(30)]
+        assert len({one.message for one in await asyncio.gather(*(journal.finish(held, outcome) for outcome in outcomes))}) == 1
+        await journal.told(held)
+
+
 async def test_a_cluster_that_loses_a_node_trades_on_and_one_without_a_quorum_cancels_on(tmp_path: Path) -> None:
     seal.new_keys(tmp_path / "keys")
     async with AsyncExitStack() as stack:
@@ -117,6 +133,7 @@ async def test_a_cluster_that_loses_a_node_trades_on_and_one_without_a_quorum_ca
         host = await stack.enter_async_context(hosting(address))
 
         first = (await placed(host, "0.01"))["data"]["id"]
+        await one_of_many_begins(nodes)
         leader = await nodes.leader(subjects.JOURNAL)
         await nodes.kill(leader)
         second = (await placed(host, "0.02"))["data"]["id"]

@@ -206,12 +206,16 @@ async def test_a_person_settles_an_order_that_nobody_can_look_up_and_its_fence_o
     (row,) = msgspec.json.decode((await fmzbus(system, "paper", "ledger", key, "--json"))[1])
     status, out, err = await fmzbus(system, *settle, "--as", "placed", "--order-id", str(row["order_id"]), "--yes")
     assert status == 0, err
-    assert out.splitlines()[-1] == "its fence is open"
+    assert out.splitlines()[-1].endswith("the same command again opens the fence at once")
 
     life = await as_json(system, "order", key)
     outcome = life["outcome"]
-    assert (life["state"], life["is_fenced"], outcome["by"], outcome["order_id"]) == ("placed", False, "person", str(row["order_id"]))
+    assert (life["state"], life["is_fenced"], outcome["by"], outcome["order_id"]) == ("placed", True, "person", str(row["order_id"]))
     assert (outcome["reason"], outcome["process"].partition("@")[0]) == ("seen in its list", getpass.getuser())
+    assert f"fenced: an equal order was placed, order id {row['order_id']}, " in (await buy(host, "0.0105"))["error"]
+    status, out, _ = await fmzbus(system, *settle, "--as", "placed", "--yes")
+    assert (status, out.splitlines()[-1]) == (0, "its fence is open")
+    assert not (await as_json(system, "order", key))["is_fenced"]
     assert "data" in await buy(host, "0.0105")
     assert not [order for order in (await as_json(system, "orders", "--unsettled"))["orders"] if order["key"] == key]
     status, _, err = await fmzbus(system, *settle, "--as", "absent", "--yes")

@@ -107,6 +107,24 @@ async def test_repetitions_while_the_first_is_open_wait_for_its_outcome(market: 
     assert len(await received(market.rig, named)) == 1
 
 
+async def test_a_loop_whose_host_hung_up_waits_for_the_first_order_and_is_told_its_id(market: Market, who: Account) -> None:
+    """exchange.SetTimeout below what the exchange takes: the next nonce comes while the first order is on its way."""
+    await market.rig.arm("late-reply", path=PLACES, key=who.access_key, seconds=0.7, count=1)
+    named = key()
+    asking = asyncio.create_task(market.first.answer(market.first.frame("trade", buy(), who, named=named, left_s=5), told=False))
+    await until(lambda: received(market.rig, named))
+    text = error(await market.second.trade(who, left_s=5))
+    order_id = placed(await asking)
+    assert text.startswith(f"fenced: an equal order was placed, order id {order_id}, and its answer may not have reached you; ")
+    assert await executed(market.rig, who) == [(named, order_id)]
+
+
+async def test_equal_orders_that_are_asked_for_at_once_are_all_placed(market: Market, who: Account) -> None:
+    replies = await asyncio.gather(*(worker.trade(who, left_s=9) for worker in (market.first, market.second) * 8))
+    assert len({placed(reply) for reply in replies}) == 16
+    assert len(await executed(market.rig, who)) == 16
+
+
 async def test_a_repetition_of_an_unknown_order_is_told_what_was_found(market: Market, who: Account) -> None:
     await market.rig.arm("drop", path=PLACES, key=who.access_key, count=1)
     named = key()

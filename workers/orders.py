@@ -17,7 +17,6 @@ from bus.config import Orders as Settings
 from bus.connection import Bus
 from bus.errors import (
     BadRequest,
-    BusDown,
     BusError,
     Expired,
     Fenced,
@@ -44,6 +43,8 @@ LEAST_S = 0.02
 LOOK_S = 2.0
 """How long a host waits for look-ups of an unclear order; then it is told that nobody knows, and the look-ups go on behind."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.02, 0.5
+LONGEST_TURN_S = 0.1
+"""Between two looks at whether an equal order has its answer."""
 
 Send = Callable[[Any], Awaitable[Any]]
 """Sends the params, as the venue of the call does; raises BusError only, OutcomeUnknown where they may have been executed."""
@@ -86,9 +87,25 @@ class Orders:
             raise self._not_sent(Held(Entry(intent=intent), 0), held, began=False)
         if isinstance(equal, BaseException):
             raise self._not_sent(held, equal)
-        if equal is not None:
-            raise await self._refused(call, held, await self._fenced(equal))
+        if equal is not None and (refusal := await self._after(call, held, equal)):
+            raise refusal
         return await self._sent(call, held, trade, send)
+
+    async def _after(self, call: Call, held: Held, equal: Entry | None) -> BaseException | None:
+        """Let equal orders that were begun before this one have their answers: the host of one may have hung up, or lost its bridge, and
+        this is its repetition. Why this one must not be sent, None where it may."""
+        wait_s = FIRST_WAIT_S / 2
+        while equal is not None and not self._journal.may_be_unknown(equal):
+            if call.left_s() <= call.margin_s + wait_s:
+                break
+            try:
+                equal = await self._journal.equal(held.intent, call.left_s() - call.margin_s, before=held.sequence)
+            except BusError as e:
+                return self._not_sent(held, e)
+            if equal is not None:
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 1.5, LONGEST_TURN_S)
+        return None if equal is None else await self._refused(call, held, await self._fenced(equal))
 
     async def _fenced(self, equal: Entry) -> Fenced:
         """What a host is told that may be trying again; the fence of an order that was placed stands as long as somebody does."""
@@ -210,12 +227,15 @@ class Orders:
 
     async def _write(self, call: Call, held: Held, outcome: Outcome) -> bool:
         """Write a certain outcome; where the journal does not take it now, later."""
+        fields = {"idempotency_key": held.intent.key, "state": outcome.state}
         try:
-            await self._journal.finish(held, outcome, self._left_s(call))
+            first = await self._journal.finish(held, outcome, self._left_s(call))
         except BusError as e:
-            log.warning("outcome not journaled yet", extra={"fields": {"idempotency_key": held.intent.key, "error": e.code}})
+            log.warning("outcome not journaled yet", extra={"fields": fields | {"error": e.code}})
             self._settler.owe(held, outcome)
             return False
+        if first.state != outcome.state:  # a settler was here before, and must have been right: look into this
+            log.error("another outcome is in the journal", extra={"fields": fields | {"journal": first.state}})
         return True
 
     @staticmethod
@@ -231,7 +251,7 @@ class Orders:
         try:
             settled = await self._journal.settled(call.exchange, call.key, within_s)
             return settled is not None or await self._journal.held(call.exchange, call.key, within_s) is not None
-        except BusDown:
+        except BusError:
             return False
 
     async def _first(self, call: Call) -> Any:
@@ -239,8 +259,11 @@ class Orders:
         call.sent = True  # by that one: whatever cuts this short leaves the outcome unknown
         wait_s = FIRST_WAIT_S
         while True:
-            held = await self._journal.held(call.exchange, call.key)  # first: it goes after the other has come
-            settled = await self._journal.settled(call.exchange, call.key)
+            try:
+                held = await self._journal.held(call.exchange, call.key)  # first: it goes after the other has come
+                settled = await self._journal.settled(call.exchange, call.key)
+            except BusError as e:
+                raise outcome_unknown("the same request came before, and the journal does not answer", call.client_order_id) from e
             first = settled or (held.entry if held is not None else None)
             if first is not None and first.intent.account != call.account:
                 raise BadRequest("the secret key is not the one that this very request came with before; nothing was sent")

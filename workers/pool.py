@@ -25,6 +25,7 @@ from bus.messages import Failure, encode
 
 log = logging.getLogger(__name__)
 
+CANCEL = ".cancel"
 LEAVE_S = 2.0
 """How long the bus may take to confirm that we take no more; nats-py by itself waits 10 s for a server that has gone."""
 
@@ -57,7 +58,7 @@ class Pool:
         return len(self._tasks)
 
     async def take(self, message: Msg) -> None:
-        if len(self._tasks) >= self._max:
+        if len(self._tasks) >= self._max * (2 if message.subject.endswith(CANCEL) else 1):  # a cancel finds room where others do not
             await self._reply(message.reply, encode(Failure.of(Busy(f"a worker has {self._max} requests in flight; nothing was sent"))))
             return
         task = asyncio.create_task(self._handle(message))

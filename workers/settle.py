@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
 from hashlib import blake2b
 from typing import cast
 
@@ -22,6 +23,7 @@ from bus.connection import Bus
 from bus.errors import BadRequest, BusDown, BusError
 from bus.fleet import BEAT_S, Fleet, Presence
 from bus.journal import NEARLY_FULL, Held, Intent, Journal, Outcome
+from bus.lifecycle import running
 from bus.metrics import Metrics
 from bus.seal import Credentials, Opener
 from bus.streams import Duplicate
@@ -109,7 +111,12 @@ class Settler:
         try:
             is_late = await self._is_expired(venue, call, intent)
             order = await cast("Lookup", venue).find_order(call, intent.key, intent.symbol)
-        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
+        except BusError:
+            raise
+        except Exception as e:  # a venue's own may quote the keys
+            log.error(
+                "unreadable look-up", extra={"fields": {"exchange": intent.exchange, "traceback": call.redacted(traceback.format_exc())}}
+            )
             raise call.unclear("a look-up in another format than its venue expects") from e
         if order is not None:
             return Outcome(state="placed", by="settler", process=self._bus.process, order_id=order.id, looked=looked)
@@ -128,7 +135,7 @@ class Settler:
 
     def owe(self, held: Held, outcome: Outcome, *, began: bool = True) -> None:
         """Write an outcome that is certain and could not be written, as soon as the journal takes it. began: it has the intent."""
-        if len(self._owed) < MOST_OWED:  # beyond that, look-ups find out
+        if began or (len(self._owed) < MOST_OWED and held.intent.key not in self._owed):  # a repetition says nothing about the first
             self._owed[held.intent.key] = (held, outcome, began)
 
     def answered(self, held: Held, outcome: Outcome, *, written: bool, repeated: bool = False) -> None:
@@ -145,9 +152,9 @@ class Settler:
                 await self._let_go(one)
 
     async def heard(self) -> None:
-        """Wait until every host that was answered has its answer, TOLD_S at most."""
-        deadline_s = time.monotonic() + TOLD_S
-        while any(one.written and one.told is None for one in self._answered.values()) and time.monotonic() < deadline_s:  # noqa: ASYNC110
+        """Wait until all outcomes are written and every host that was answered has its answer, a while at most."""
+        deadline_s = time.monotonic() + TOLD_S + EVERY_S
+        while (self._owed or any(one.told is None for one in self._answered.values())) and time.monotonic() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def _let_go(self, one: _Answered) -> None:
@@ -161,20 +168,24 @@ class Settler:
                 await self._journal.lift(one.held.intent)
         else:
             await self._journal.untold(one.held, one.outcome)
-        self._answered.pop(one.held.intent.key, None)
+        if self._answered.get(one.held.intent.key) is one:
+            del self._answered[one.held.intent.key]
 
     async def run(self) -> None:
         """Settle as long as the worker lives. A bus or an exchange that fails is tried again."""
-        while True:
-            for part in (self._sweep, self._pay, self._let_all_go, self.settle):  # room first: without it nothing is paid
-                try:
-                    await part()
-                except BusError as e:
-                    log.warning("settling waits for the journal", extra={"fields": {"error": str(e)}})
-                    with contextlib.suppress(BusDown):  # a nats-server that came back without its disk has no streams
-                        await self._journal.open()
-                except Exception:
-                    log.exception("unhandled error")
+        async with running(*(self._again(part) for part in (self._sweep, self._pay, self._let_all_go, self.settle))):
+            await asyncio.Event().wait()
+
+    async def _again(self, part: Callable[[], Awaitable[object]]) -> None:
+        while True:  # each by itself: an exchange that hangs keeps no outcome from the journal
+            try:
+                await part()
+            except BusError as e:
+                log.warning("settling waits for the journal", extra={"fields": {"error": str(e)}})
+                with contextlib.suppress(BusDown):  # a nats-server that came back without its disk has no streams
+                    await self._journal.open()
+            except Exception:
+                log.exception("unhandled error")
             await asyncio.sleep(EVERY_S)
 
     async def _let_all_go(self) -> None:
@@ -187,7 +198,7 @@ class Settler:
             if not await self._journal.unsettled():
                 return
             await asyncio.sleep(BEAT_S)  # whoever is there says so once in a beat
-            if any(one.ready for one in self._workers()):
+            if any(one.ready and self._venues.keys() <= set(one.serves) for one in self._workers()):
                 return
             log.info("settling before serving")
             async with asyncio.timeout(START_S):
@@ -228,7 +239,7 @@ class Settler:
         if held is None or self._owner(held.intent) != self._bus.process:
             return False
         intent = held.intent
-        is_over = self._bus.now_ms() > intent.expires_at_ms + int(TOLD_S * 1000)
+        is_over = self._is_over(intent)
         if intent.worker == self._bus.process and held.entry.unknown is None and not is_over:
             return False  # it is being sent, or just answered
         known = await self._journal.settled(intent.exchange, intent.key)
@@ -243,6 +254,10 @@ class Settler:
         next_s = min(wait_s, proven_s + FIRST_WAIT_S) if proven_s > 0 else wait_s  # one look comes as soon as it can prove something
         self._waits[place] = (time.monotonic() + next_s, min(wait_s * 2, LONGEST_WAIT_S), looked + 1)
         return await self._look_up(held, looked)
+
+    def _is_over(self, intent: Intent) -> bool:
+        """Whether nobody can be waiting for its answer any more."""
+        return self._bus.now_ms() > intent.expires_at_ms + int(TOLD_S * 1000)
 
     async def _look_up(self, held: Held, looked: int) -> bool:
         intent = held.intent
@@ -261,14 +276,15 @@ class Settler:
         if outcome is None:
             return True
         outcome = await self._journal.finish(held, outcome)
-        await self._let_be(held, outcome)
+        if self._is_over(intent):  # else its own worker may be answering right now, though nobody hears that it lives
+            await self._let_be(held, outcome)
         self._metrics.settled.labels(outcome.state).inc()
         log.info("settled", extra={"fields": fields | {"state": outcome.state, "order_id": outcome.order_id}})
         return False
 
     async def _let_be(self, held: Held, outcome: Outcome) -> None:
         """Nobody waits for the answer any more: an order that was placed is one that its host may not know of."""
-        if outcome.state == "placed" and outcome.by != "person":
+        if outcome.state == "placed":
             await self._journal.untold(held, outcome)
         else:
             await self._journal.told(held)
@@ -292,7 +308,8 @@ class Settler:
         return [one for one in self._fleet.alive() if one.role == "worker"]
 
     async def _pay(self) -> None:
-        for key, (held, outcome, began) in list(self._owed.items()):
+        for key, owed in list(self._owed.items()):
+            held, outcome, began = owed
             ours = held if began else await self._began(held)
             if ours is not None:
                 outcome = await self._journal.finish(ours, outcome)
@@ -301,7 +318,8 @@ class Settler:
                     await self._let_be(ours, outcome)
                 else:
                     one.written = True
-            del self._owed[key]
+            if self._owed.get(key) is owed:
+                del self._owed[key]
 
     async def _began(self, held: Held) -> Held | None:
         """The record of this very intent, which is written where it got lost: its host was told that nothing was sent, so a repetition

@@ -1,8 +1,7 @@
 """bitgo: the worked example of FMZ's general-protocol document (topic 1052), the pattern for a venue of one's own.
 
-Every call is a POST to <base_url>/appApi.html with everything in the query. Private calls carry `sign`: upper-case MD5 of the sorted,
-unescaped parameters and the secret. Given the same answers it gives hosts the same values as the document's Go program, except where
-fmz-protocol calls that program's behaviour a fault: trades carry their time, lists ascend, an order without an id is unknown.
+Every call is a POST to <base_url>/appApi.html with all in the query, a private one with `sign`: upper-case MD5 of the sorted, unescaped
+parameters and the secret. Hosts get the same values as of the document's Go program, but for its faults (fmz-protocol).
 """
 
 from decimal import Decimal
@@ -127,7 +126,8 @@ class Bitgo:
         return True
 
     async def api(self, call: Call, params: m.Api) -> Any:
-        call.write = True  # whatever verb the host named: here everything is a POST
+        if params.verb == "GET":  # it would go out unjournaled, and here everything is a POST
+            raise BadRequest("method: expected POST, every raw call of this exchange is a write")
         return await self._private(call, params.resource, params.query)
 
 
