@@ -22,7 +22,7 @@ from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from bus import config, subjects
 from bus.connection import Bus
-from bus.errors import BusDown
+from bus.errors import BusDown, JournalFull
 from bus.messages import plain
 from bus.streams import ACK_S, FIRST, Duplicate, Record, Streams
 
@@ -211,7 +211,21 @@ class Journal:
         except Duplicate:
             first = await self.settled(intent.exchange, intent.key)
             return first.outcome if first is not None and first.outcome is not None else outcome
+        except JournalFull:
+            # What takes another record's place needs no room; a settler moves it as soon as there is some.
+            try:
+                await self._streams.write(_place(intent), msgspec.json.encode(entry), after=held.sequence, within_s=within_s)
+            except Duplicate:
+                there = await self.held(intent.exchange, intent.key)
+                if there is None or there.entry.outcome is None:
+                    raise JournalFull("its outcome is not written yet") from None
+                return there.entry.outcome
         return outcome
+
+    async def move(self, held: Held) -> None:
+        """Write an outcome that found no room before where it belongs. Raises BusDown, JournalFull."""
+        with contextlib.suppress(Duplicate):
+            await self._streams.write(_settled(held.intent), msgspec.json.encode(held.entry), after=FIRST)
 
     async def told(self, held: Held) -> None:
         """Its host knows its outcome, or there is no order: nothing is left to settle, and an equal one may go out. Without waiting."""
@@ -288,7 +302,7 @@ class Journal:
     async def _carry(self, place: str, oldest: int) -> None:
         """Write an unsettled order again, at the young end, where a cut does not reach it."""
         held = await self.hold(place)
-        if held is not None and held.sequence < oldest:
+        if held is not None and held.sequence < oldest and held.entry.outcome is None:
             with contextlib.suppress(Duplicate):  # settled, or written again by another worker, meanwhile
                 await self._streams.write(place, msgspec.json.encode(held.entry), after=held.sequence)
 

@@ -8,7 +8,7 @@ import pytest
 
 from bus import server
 from bus.errors import JournalFull
-from bus.journal import Intent, Journal
+from bus.journal import Intent, Journal, Outcome
 from bus.streams import Duplicate
 from tests import servers
 from tests.test_journal import PLACED, UNKNOWN, close, gone, intent, journaling, outcome, waiting, written
@@ -35,12 +35,12 @@ async def test_a_full_journal_refuses_the_order_and_a_sweep_makes_room(state: Pa
             await journal.begin(one, b"frame")
         assert journal.is_full
         assert await written(journal, one) is None
-        await journal.mark_unknown(last, UNKNOWN)  # what is there already can still change
+        marked = await journal.mark_unknown(last, UNKNOWN)  # what is there already can still change
         with pytest.raises(JournalFull):
-            await journal.finish(last, PLACED)
+            await journal.finish(last, PLACED)  # it is not any more what it was read as
+        assert await journal.finish(marked, PLACED) == PLACED
         await journal.sweep()
         assert (journal.is_full, journal.used) == (False, 0.5)
-        assert await journal.finish(last, PLACED) == PLACED
         await journal.begin(one, b"frame")
 
 
@@ -54,6 +54,25 @@ async def test_unsettled_orders_are_kept_though_they_take_all_the_room(state: Pa
         await journal.sweep()
         assert journal.used == 1.0
         assert [await written(journal, one) for one in orders] == orders
+
+
+async def test_a_journal_full_of_unsettled_orders_takes_their_outcomes_and_so_has_room_again(state: Path) -> None:
+    async with servers.nats(state), journaling(state, keep_orders=2) as (_, journal):
+        orders = [intent() for _ in range(4)]
+        held = [await journal.begin(one, b"frame") for one in orders]
+        with pytest.raises(JournalFull):
+            await journal.begin(intent(), b"frame")
+        assert await journal.finish(held[0], PLACED) == PLACED
+        assert await journal.finish(held[0], Outcome(state="absent")) == PLACED  # the first one wins here too
+        there = await journal.held("paper", orders[0].key)
+        assert there is not None
+        assert (there.entry.outcome, there.entry.frame) == (PLACED, b"")
+        for _ in range(2):  # the first one carries the others past it
+            await journal.sweep()
+        again = await journal.begin(intent(), b"frame")
+        assert again.sequence > there.sequence
+        for one in orders[1:]:
+            assert await journal.held("paper", one.key) is not None
 
 
 async def test_a_sweep_keeps_the_newest_and_never_forgets_an_unsettled_order(state: Path) -> None:

@@ -84,9 +84,9 @@ class Orders:
         if isinstance(held, Duplicate):
             return await self._first(call)
         if isinstance(held, BaseException):
-            raise self._not_sent(Held(Entry(intent=intent), 0), held, began=False)
+            raise self._not_sent(intent, held)
         if isinstance(equal, BaseException):
-            raise self._not_sent(held, equal)
+            raise self._not_sent(intent, equal, held)
         if equal is not None and (refusal := await self._after(call, held, equal)):
             raise refusal
         return await self._sent(call, held, trade, send)
@@ -101,7 +101,7 @@ class Orders:
             try:
                 equal = await self._journal.equal(held.intent, call.left_s() - call.margin_s, before=held.sequence)
             except BusError as e:
-                return self._not_sent(held, e)
+                return self._not_sent(held.intent, e, held)
             if equal is not None:
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 1.5, LONGEST_TURN_S)
@@ -130,7 +130,7 @@ class Orders:
         except Duplicate:
             return await self._first(call)
         except BusError as e:
-            raise self._not_sent(Held(Entry(intent=intent), 0), e, began=False) from e
+            raise self._not_sent(intent, e) from e
         return await self._sent(call, held, params, send)
 
     async def cancel(self, call: Call, params: OrderRef, send: Send) -> Any:
@@ -201,18 +201,19 @@ class Orders:
         while marked is None:  # it counts as unknown without a mark from its deadline on; told before, an equal order would pass
             await asyncio.sleep(LONGEST_WAIT_S)
             marked = await mark()
-        raise error
+        # A raw write has no client order id: a person finds it in the journal.
+        raise error if held.intent.method == "trade" else OutcomeUnknown(f"{error}; journal key {held.intent.key}")
 
     async def _refused(self, call: Call, held: Held, error: BusError) -> BusError:
         """The error, once it is the order's outcome."""
         await self._finish(call, held, self._outcome(call, "refused", code=error.code, message=str(error)))
         return error
 
-    def _not_sent(self, held: Held, error: BaseException, *, began: bool = True) -> BaseException:
+    def _not_sent(self, intent: Intent, error: BaseException, held: Held | None = None) -> BaseException:
         """The journal failed: whether it has the intent or not, nothing is sent, and it learns that when it is back."""
-        if isinstance(error, BusError) and not (isinstance(error, JournalFull) and not began):
+        if isinstance(error, BusError) and (held is not None or not isinstance(error, JournalFull)):
             refused = Outcome(state="refused", process=self._bus.process, code=error.code, message=str(error))
-            self._settler.owe(held, refused, began=began)
+            self._settler.owe(held or Held(Entry(intent=intent), 0), refused, began=held is not None)
         return error
 
     async def _placed(self, call: Call, held: Held, outcome: Outcome) -> None:
@@ -264,6 +265,8 @@ class Orders:
                 settled = await self._journal.settled(call.exchange, call.key)
             except BusError as e:
                 raise outcome_unknown("the same request came before, and the journal does not answer", call.client_order_id) from e
+            if settled is None and held is not None and held.entry.outcome is not None:
+                settled = held.entry  # it found no room where it belongs
             first = settled or (held.entry if held is not None else None)
             if first is not None and first.intent.account != call.account:
                 raise BadRequest("the secret key is not the one that this very request came with before; nothing was sent")

@@ -80,9 +80,8 @@ class Settler:
         self._fleet = fleet
         self._settings = settings
         self._metrics = metrics
-        self._waits: dict[
-            str, tuple[float, float, int]
-        ] = {}  # place -> (when to look next, monotonic; the wait after that; which look it is)
+        self._waits: dict[str, tuple[float, float, int]] = {}
+        """By place: when to look next, monotonic; the wait after that; which look it is."""
         self._owed: dict[str, tuple[Held, Outcome, bool]] = {}
         self._answered: dict[str, _Answered] = {}
         self._swept = 0.0
@@ -114,9 +113,8 @@ class Settler:
         except BusError:
             raise
         except Exception as e:  # a venue's own may quote the keys
-            log.error(
-                "unreadable look-up", extra={"fields": {"exchange": intent.exchange, "traceback": call.redacted(traceback.format_exc())}}
-            )
+            fields = {"exchange": intent.exchange, "traceback": call.redacted(traceback.format_exc())}
+            log.error("unreadable look-up", extra={"fields": fields})
             raise call.unclear("a look-up in another format than its venue expects") from e
         if order is not None:
             return Outcome(state="placed", by="settler", process=self._bus.process, order_id=order.id, looked=looked)
@@ -242,9 +240,11 @@ class Settler:
         is_over = self._is_over(intent)
         if intent.worker == self._bus.process and held.entry.unknown is None and not is_over:
             return False  # it is being sent, or just answered
-        known = await self._journal.settled(intent.exchange, intent.key)
+        known = held.entry if held.entry.outcome is not None else await self._journal.settled(intent.exchange, intent.key)
         if known is not None and known.outcome is not None:
             if is_over:  # else it may just be on its way out
+                if known is held.entry:  # it had found no room
+                    await self._journal.move(held)
                 await self._let_be(held, known.outcome)
             return False
         if not held.entry.frame or not self.can_look(intent.exchange):
