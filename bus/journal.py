@@ -251,7 +251,8 @@ class Journal:
 
     async def note(self, intent: Intent, outcome: Outcome | None = None) -> None:
         """Write a cancel's intent, or its outcome, without waiting for anything: a cancel goes out whatever the journal does."""
-        entry = Entry(intent=intent, outcome=outcome, journaled_ms=intent.received_ms)
+        outcome_ms = 0 if outcome is None else self._bus.now_ms()
+        entry = Entry(intent=intent, journaled_ms=intent.received_ms, outcome=outcome, outcome_ms=outcome_ms)
         await self._streams.say(_settled(intent), msgspec.json.encode(entry))
 
     async def settled(self, exchange: str, key: str, within_s: float = ACK_S) -> Entry | None:

@@ -287,7 +287,7 @@ def _hops(entry: Entry) -> list[Hop]:
     hops = [
         Hop("asked", intent.asked_ms, f"the request reached the bridge for {intent.path}"),
         Hop("received", intent.received_ms, f"by {intent.worker}"),
-        Hop("journaled", entry.intent_ms, "the intent is on disk"),
+        Hop("journaled", entry.intent_ms, "the intent is on disk" if intent.method != "cancel" else "noted: a cancel waits for nothing"),
         Hop("sent", last.sent_ms if last else 0, f"to {intent.exchange}"),
         Hop("answered", last.answered_ms if last else 0),
         Hop("unknown", entry.unknown_ms, _unknown(entry)),
