@@ -93,6 +93,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(frame=st.text() | values.map(json.dumps) | st.fixed_dictionaries({"op": words, "args": st.lists(values)}).map(json.dumps))
 def test_any_frame_is_understood_or_refused(frame: str) -> None:
