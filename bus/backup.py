@@ -249,7 +249,7 @@ async def _load_streams(settings: Config, manifest: Manifest, staged: Path, say:
                 await _load_stream(bus, name, streams[name], staged, settings.nats.replicas, say)
             shutil.rmtree(staged / "streams", ignore_errors=True)
             finish()
-        except BaseException:
+        except BaseException:  # also a Ctrl-C: nothing half done stays on a server of the user's
             for name in begun:
                 await snapshot.remove(bus, name)
             raise

@@ -5,8 +5,7 @@ count. Workers read it twice a second (workers/guard.py); `fmzbus halt` and `fmz
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import msgspec
@@ -19,6 +18,7 @@ from nats.js.kv import KeyValue
 from bus import subjects
 from bus.connection import Bus
 from bus.errors import BusDown
+from bus.streams import lost_means
 
 TIMEOUT_S = 1.0
 ATTEMPTS = 20
@@ -100,15 +100,6 @@ def path_names(exchange: str, path: str) -> tuple[str, ...]:
 
 
 _decode = msgspec.json.Decoder(Record).decode
-_LOST = (nats.errors.Error, nats.js.errors.Error, TimeoutError, OSError)
-
-
-@contextmanager
-def _lost_means(text: str) -> Iterator[None]:
-    try:
-        yield
-    except _LOST as e:
-        raise BusDown(text) from e
 
 
 class Halts:
@@ -122,7 +113,7 @@ class Halts:
 
     async def _open(self) -> KeyValue:
         if self._bucket is None:
-            with _lost_means("the halt record cannot be kept: JetStream does not answer"):
+            with lost_means("the halt record cannot be kept: JetStream does not answer"):
                 try:
                     self._bucket = await self._js.key_value(subjects.HALT)
                 except nats.js.errors.NotFoundError:
@@ -135,7 +126,7 @@ class Halts:
         """-> (record, revision); revision 0: it was never written. Raises BusDown when it cannot be known."""
         self._bus.check()
         await self._open()
-        with _lost_means("the halt record cannot be read"):
+        with lost_means("the halt record cannot be read"):
             try:
                 # Asked of the stream's leader, not of any replica: one that is cut off would go on answering what was true before.
                 found = await self._js.get_msg(f"KV_{subjects.HALT}", subject=f"$KV.{subjects.HALT}.{subjects.HALT_KEY}")
@@ -155,7 +146,7 @@ class Halts:
             record, revision = await self.read()
             changed = edit(record)
             bucket = await self._open()
-            with _lost_means("the halt record cannot be written"):
+            with lost_means("the halt record cannot be written"):
                 try:
                     await bucket.update(subjects.HALT_KEY, msgspec.json.encode(changed), last=revision)
                 except nats.js.errors.KeyWrongLastSequenceError:

@@ -37,7 +37,7 @@ NEARLY_FULL = 0.8
 class Intent(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An order, a raw write or a cancel, as a worker was about to send it. Nothing in it is secret.
 
-    key: the idempotency key, which is the client order id. account: the keyed hash. side to options: an order's, in plain terms
+    key: the idempotency key, which is the client order id. account: the keyed hash. side to amount: an order's, in plain terms
     (side buy or sell; price "market" or a number). resource: verb and path of a raw write. order_id: what a cancel cancels.
     asked_ms: the bridge took it from the host; received_ms: a worker did; expires_at_ms: its deadline, and the expiry it is signed
     with. worker: whose order it is while that process lives.

@@ -4,8 +4,6 @@ Kept in a bucket on disk, so that it survives a restart. Two changes at once (a 
 compare-and-set. Where the state cannot be read the caller is refused; a contract is never guessed.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -19,6 +17,7 @@ from nats.js.kv import KeyValue
 from bus import subjects
 from bus.connection import Bus
 from bus.errors import BusDown
+from bus.streams import LOST, lost_means
 
 TIMEOUT_S = 1.0
 ATTEMPTS = 20
@@ -33,15 +32,6 @@ class Session(Struct, frozen=True, omit_defaults=True):
 
 
 _decode = msgspec.json.Decoder(Session).decode
-_LOST = (nats.errors.Error, nats.js.errors.Error, TimeoutError, OSError)
-
-
-@contextmanager
-def _lost_means(text: str) -> Iterator[None]:
-    try:
-        yield
-    except _LOST as e:
-        raise BusDown(text) from e
 
 
 class Sessions:
@@ -55,7 +45,7 @@ class Sessions:
     async def open(self) -> KeyValue:
         """Find or make the bucket. Raises BusDown."""
         if self._bucket is None:
-            with _lost_means("futures state cannot be kept: JetStream does not answer"):
+            with lost_means("futures state cannot be kept: JetStream does not answer"):
                 self._bucket = await self._js.create_key_value(
                     KeyValueConfig(bucket=subjects.SESSIONS, history=1, storage=StorageType.FILE, replicas=self._replicas)
                 )
@@ -72,7 +62,7 @@ class Sessions:
             session, revision = await self._entry(key)
             changed = msgspec.structs.replace(session, **changes)
             bucket = await self.open()
-            with _lost_means("futures state cannot be kept"):
+            with lost_means("futures state cannot be kept"):
                 try:
                     await bucket.update(key, msgspec.json.encode(changed), last=revision)
                 except nats.js.errors.KeyWrongLastSequenceError:
@@ -87,7 +77,7 @@ class Sessions:
             entry = await bucket.get(key)
         except nats.js.errors.KeyNotFoundError:
             return Session(), 0
-        except _LOST as e:
+        except LOST as e:
             self._bucket = None  # a server that came back without its disk: the next call makes the bucket again
             raise BusDown("futures state cannot be read; nothing was guessed, nothing was sent") from e
         try:
@@ -99,7 +89,7 @@ class Sessions:
         """Every state there is: "okx=2Frobot-7.<account>" -> state."""
         await self.open()
         prefix = f"$KV.{subjects.SESSIONS}."
-        with _lost_means("futures state cannot be read"):
+        with lost_means("futures state cannot be read"):
             # The server's own list of subjects: the bucket's keys() listens to a watch, and may end early on a busy machine.
             info = await self._js.stream_info(f"KV_{subjects.SESSIONS}", subjects_filter=f"{prefix}>")
         keys = [subject.removeprefix(prefix) for subject in info.state.subjects or {}]
@@ -108,6 +98,6 @@ class Sessions:
     async def clear(self, key: str) -> None:
         """Forget one state, by its key as all() tells it."""
         await self.open()
-        with _lost_means("futures state cannot be cleared"):
+        with lost_means("futures state cannot be cleared"):
             # Not the bucket's delete(): it leaves a marker whose revision nats-py's get() does not tell, so that no change could follow.
             await self._js.purge_stream(f"KV_{subjects.SESSIONS}", subject=f"$KV.{subjects.SESSIONS}.{key}")

@@ -231,7 +231,7 @@ async def reached(url: str) -> AsyncIterator[Bus]:
             yield bus
     except TimeoutError:
         raise BackupError(f"the bus {without_password(url)} does not answer; is it starting, or is another backup at work?") from None
-    except BaseExceptionGroup as e:
+    except BaseExceptionGroup as e:  # of the task group inside connected()
         raise reason(e) from None
 
 

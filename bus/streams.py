@@ -1,9 +1,10 @@
-"""JetStream as the journal speaks it: a record on disk or an error that says what to think, and reads from the stream's leader."""
+"""JetStream for what must not be lost: a record on disk or an error that says what to think, and reads from the stream's leader."""
 
 import asyncio
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from nats.js.api import StreamConfig
 from bus.connection import Bus
 from bus.errors import BusDown, BusError, Internal, JournalFull
 
+MUTE = "the journal does not answer"
 ACK_S = 1.0
 """How long the journal may take for one record."""
 WRONG_SEQUENCE = 10071
@@ -30,6 +32,16 @@ LAST, LAST_AMONG = "Nats-Expected-Last-Subject-Sequence", "Nats-Expected-Last-Su
 FIRST = 0
 """What a subject without a message has for its last sequence."""
 LOST = (nats.errors.Error, nats.js.errors.Error, TimeoutError, OSError)
+"""What nats-py raises where JetStream does not answer, or not as asked."""
+
+
+@contextmanager
+def lost_means(text: str) -> Iterator[None]:
+    """Raises BusDown with that text for any of LOST."""
+    try:
+        yield
+    except LOST as e:
+        raise BusDown(text) from e
 
 
 class Record(Struct, frozen=True):
@@ -76,13 +88,11 @@ class Streams:
 
     async def make(self, wanted: StreamConfig) -> None:
         """Find or make a stream, or change its limits. Raises BusDown."""
-        try:
+        with lost_means(MUTE):
             try:
                 await self._js.add_stream(wanted)
             except nats.js.errors.BadRequestError:  # there with other limits
                 await self._js.update_stream(wanted)
-        except LOST as e:
-            raise BusDown("the journal does not answer") from e
 
     async def write(
         self,
@@ -117,7 +127,7 @@ class Streams:
         except LOST as e:
             if self._has_no_room():  # a disk that ran full leaves JetStream mute
                 raise JournalFull("order not sent") from e
-            raise BusDown("the journal does not answer; order not sent") from e
+            raise BusDown(f"{MUTE}; order not sent") from e
 
     async def say(self, subject: str, data: bytes) -> None:
         """Without waiting, and without an error: what gets lost is made up for by the settlers, or was worth no wait."""
@@ -159,7 +169,7 @@ class Streams:
         """messages, first_seq, last_seq, ... Raises BusDown."""
         reply = msgspec.json.decode((await self._ask(f"$JS.API.STREAM.INFO.{stream}", None)).data)
         if "state" not in reply:
-            raise BusDown("the journal does not answer")
+            raise BusDown(MUTE)
         state: dict[str, int] = reply["state"]
         return state
 
@@ -184,7 +194,7 @@ class Streams:
             question = {"subjects_filter": wanted, "offset": len(found)}
             page = msgspec.json.decode((await self._ask(f"$JS.API.STREAM.INFO.{stream}", question)).data)
             if "state" not in page:
-                raise BusDown("the journal does not answer")
+                raise BusDown(MUTE)
             names = page["state"].get("subjects") or {}
             if not names:
                 break
@@ -195,10 +205,8 @@ class Streams:
     async def _ask(self, subject: str, question: Any, *, within_s: float = ACK_S) -> Msg:
         self._bus.check()
         content = b"" if question is None else msgspec.json.encode(question)
-        try:
+        with lost_means(MUTE):
             return await self._bus.nc.request(subject, content, timeout=min(ACK_S, within_s))
-        except LOST as e:
-            raise BusDown("the journal does not answer") from e
 
 
 def _direct(reply: Msg) -> Record | None:

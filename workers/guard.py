@@ -23,6 +23,7 @@ from bus.errors import BusDown, BusError, Expired, GuardRefused
 from bus.halt import Halts, Record, path_name, path_names
 from bus.lifecycle import running
 from bus.messages import Market, OrderList, Trade, WithRaw
+from bus.streams import LOST
 from workers.http import Call
 from workers.rules import EXACT, UNREADABLE, Kept, Markets, Rules, contract_size, fitted, reading, spends_money
 from workers.venues import Venue
@@ -39,7 +40,7 @@ COUNT_TIMEOUT_S = 1.0
 COUNTED_S = 3.0
 """How long the count of one second is kept: clocks of two workers differ by less."""
 
-_LOST = (nats.errors.Error, nats.js.errors.Error, TimeoutError, OSError, TypeError, ValueError)
+_UNCOUNTED = (*LOST, TypeError, ValueError)
 """Why a count is not known; the last two for an ack without one."""
 RAW = "a raw write cannot be told from an order; not sent; `cancel` goes on"
 
@@ -204,7 +205,7 @@ class Guard:
             if most := scope.limits.max_orders_per_s:
                 try:
                     count = await self._count(subjects.rate(scope.name, second))
-                except (BusError, *_LOST) as e:
+                except (BusError, *_UNCOUNTED) as e:
                     raise _refused("max_orders_per_s", scope, f"orders cannot be counted ({_why(e)})") from e
                 if count > most:
                     raise _refused("max_orders_per_s", scope, f"{count} in this second is above {most}")

@@ -182,7 +182,7 @@ class Settler:
                 log.warning("settling waits for the journal", extra={"fields": {"error": str(e)}})
                 with contextlib.suppress(BusDown):  # a nats-server that came back without its disk has no streams
                     await self._journal.open()
-            except Exception:
+            except Exception:  # it would end the worker, and each that takes over in turn
                 log.exception("unhandled error")
             await asyncio.sleep(EVERY_S)
 
@@ -221,7 +221,7 @@ class Settler:
                     return await self._settle(place)
                 except BusError:
                     raise
-                except Exception:
+                except Exception:  # one order that cannot be read keeps no other waiting
                     log.exception("unhandled error")
                     return False
 
