@@ -5,15 +5,21 @@ import os
 import sys
 from contextlib import AsyncExitStack
 
+import msgspec
 from aiohttp import http_parser
 
 from bridge.app import Bridge, listening
+from bridge.cache import Cache
 from bridge.caller import calling
+from bridge.push import pushing
+from bridge.resolve import resolving
 from bridge.routes import Routes
+from bridge.shared import sharing
 from bus import fleet, lifecycle, logs
 from bus.admin import admin
 from bus.config import Config
 from bus.connection import connected
+from bus.follow import following
 from bus.lifecycle import Stopping, notify
 from bus.metrics import Metrics
 from bus.seal import Sealer
@@ -31,11 +37,36 @@ async def serve(config: Config, args: ProcessArgs, stopping: Stopping) -> None:
         heard = await enter(fleet.followed(bus))
         caller = await enter(calling(bus, metrics))
         routes = Routes(config.routes, config.venues, lambda: heard.exchanges, lambda: heard.settled)
-        bridge = Bridge(settings, config.orders, bus=bus, caller=caller, routes=routes, sealer=Sealer(config.keys_path), metrics=metrics)
+        ages_s = msgspec.structs.asdict(config.market.max_age_s)
+        follower = await enter(following(bus, ages_s, unused_s=config.market.unused_s, told=lambda entry: push.told(entry)))
+        push = await enter(pushing(follower, routes, heard, metrics))
+        shared = await enter(sharing(bus, msgspec.structs.asdict(config.market.share_s)))
+        cache = Cache(
+            follower,
+            shared,
+            await enter(resolving(bus, heard.venues)),
+            venues=heard.venues,
+            alive=heard.alive,
+            max_symbols=config.market.max_symbols,
+            metrics=metrics,
+        )
+        bridge = Bridge(
+            settings,
+            config.orders,
+            bus=bus,
+            caller=caller,
+            routes=routes,
+            sealer=Sealer(config.keys_path),
+            metrics=metrics,
+            cache=cache,
+            push=push,
+        )
         metrics.in_flight.set_function(lambda: bridge.in_flight)
+        metrics.not_read.set_function(lambda: follower.dropped)
         metrics.connected.set_function(lambda: bus.nc.is_connected)
-        await bus.nc.flush()  # ready only once the server has our subscriptions
+        await bus.flush()  # ready only once the server has our subscriptions
         address = await enter(listening(bridge, settings.host, settings.port, lifecycle.inherited_socket()))
+        stack.push_async_callback(push.close_all)  # before the drain, which closes what stays open
         ready = lambda: bus.ready and not stopping.is_set  # noqa: E731
         where = await enter(admin(metrics, ready, port=args.admin_port))
         await enter(fleet.announced(bus, admin=where, version=VERSION, address=address, ready=ready))

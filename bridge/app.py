@@ -7,19 +7,21 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Protocol
 
 import aiohttp
 from aiohttp import web
 from aiohttp.web_protocol import _ErrInfo
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from bridge import fmz
+from bridge.cache import MISS, Cache, Question
 from bridge.caller import Caller
-from bridge.routes import Routes
+from bridge.routes import Route, Routes
 from bus import config
 from bus.connection import Bus
 from bus.errors import BadRequest, BusError, Busy, Internal, NoWorker, TimedOut, outcome_unknown
-from bus.messages import Failure, Request, Spans, encode_exact
+from bus.messages import Failure, Reply, Request, Spans, encode_exact
 from bus.methods import METHODS, is_write
 from bus.metrics import Metrics
 from bus.seal import Sealer, frame
@@ -31,6 +33,9 @@ MARGIN_S = 0.5
 IDLE_GRACE_S = 1.0
 """While draining, how long a kept-alive connection may stay silent before it is closed."""
 DRAIN_S = 15.0
+REPLY_S = 0.05
+"""What is left of the deadline to hand an answer to the host."""
+STREAM = "/stream/"
 JSON = "application/json"
 ONLY_POST = b'{"error":"POST an FMZ request here, as a robot does; see the README"}'
 MALFORMED = "body: not a well-formed POST (a bad head, length or chunk, or a header over 8190 bytes)"
@@ -44,8 +49,9 @@ class _Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         request = self._current_request
-        broken = self._messages and isinstance(self._messages[-1][0], _ErrInfo)
-        if broken and request is not None and not request.content.is_eof():
+        if request is None or request.content.is_eof():
+            return
+        if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
             self._lingering_time = 0.0  # aiohttp tells a body that breaks in a later packet to nobody, and would wait for its rest
             request.content.set_exception(web.RequestPayloadError(MALFORMED))
 
@@ -71,6 +77,25 @@ class _Server(web.Server):
         return _Connection(self, loop=self._loop, **self._kwargs)
 
 
+class _Course(Struct):
+    """What became of a request so far. key: its idempotency key, "" for a read. waited: s spent waiting for workers."""
+
+    started: float
+    trace: bool
+    exchange: str = "unknown"
+    method: str = "unknown"
+    outcome: str = "ok"
+    key: str = ""
+    waited: float = 0.0
+    spans: Spans | None = None
+
+
+class Streams(Protocol):
+    """Who serves GET /stream/... (push.py); it outlives no connection, so that it takes no part in what is in flight."""
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse: ...
+
+
 class Bridge:
     """Answers hosts. in_flight: requests taken and not yet answered."""
 
@@ -84,6 +109,8 @@ class Bridge:
         routes: Routes,
         sealer: Sealer,
         metrics: Metrics,
+        cache: Cache,
+        push: Streams | None = None,
     ) -> None:
         self._settings = settings
         self._by_nonce = orders.nonce_identity == "auto"
@@ -92,6 +119,8 @@ class Bridge:
         self._routes = routes
         self._sealer = sealer
         self._metrics = metrics
+        self._cache = cache
+        self._push = push
         self._open_keys: dict[str, web.RequestHandler] = {}
         self._busy: set[object] = set()
         self._margin_s = min(MARGIN_S, settings.deadline_s / 10)
@@ -108,6 +137,8 @@ class Bridge:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request. The only place where a host's connection meets an exception."""
+        if self._push is not None and request.method == "GET" and request.path.startswith(STREAM):
+            return await self._push.handle(request)
         started = time.perf_counter()
         self.in_flight += 1
         self._busy.add(request.protocol)
@@ -116,7 +147,7 @@ class Bridge:
         finally:
             self.in_flight -= 1
             self._busy.discard(request.protocol)
-            if not self.in_flight:
+            if self.draining and not self.in_flight:
                 self._idle.set()
         if self.draining:
             response.force_close()
@@ -125,79 +156,106 @@ class Bridge:
     async def _answer(self, request: web.BaseRequest, started: float) -> web.Response:
         if request.method != "POST":
             return web.Response(body=ONLY_POST, status=405, content_type=JSON, headers={"Allow": "POST"})
-        exchange, method, outcome, key = "unknown", "unknown", "ok", ""
+        one = _Course(started, request.headers.get("Fmzbus-Trace") == "1")
+        question: Question | None = None
         keys: tuple[str, ...] = ()
-        spans: Spans | None = None
-        waited = 0.0
         try:
             body = await self._read(request, started)
             call = fmz.decode(body, request.headers.get("Http-Method", ""))
-            method, keys = call.method.name, (call.access_key, call.secret_key)
+            one.method, keys = call.method.name, (call.access_key, call.secret_key)
             route = self._routes.find(request.rel_url.raw_path)
             if route.known:
-                exchange = route.exchange
-            if self.in_flight > self._settings.max_in_flight * (2 if method == "cancel" else 1):  # which finds room where others do not
-                raise Busy(f"{self._settings.max_in_flight} requests are in flight already")
-            params = fmz.encode_params(call.params)
-            if is_write(call.method, call.params):
-                key = self._key(route.path, call, params, request.protocol)
-            key_id, sealed, mac_key = self._sealer.box(call.access_key, call.secret_key)
-            left_s = self._settings.deadline_s - (time.perf_counter() - started)
-            now_ms = self._bus.now_ms()
-            message = Request(
-                exchange=route.exchange,
-                path=route.path,
-                method=method,
-                params=Raw(params),
-                expires_at_ms=now_ms + int((left_s - self._margin_s) * 1000),
-                idempotency_key=key,
-                key_id=key_id,
-                sealed=sealed,
-                trace=request.headers.get("Fmzbus-Trace") == "1",
-                asked_ms=now_ms - int((time.perf_counter() - started) * 1000) if key else 0,
-            )
-            sent = time.perf_counter()
-            try:
-                reply = await self._caller.call(
-                    route.exchange, method, frame(encode_exact(message), mac_key), key=key, timeout_s=left_s - 0.05
-                )
-            except NoWorker as e:
-                if route.known:
-                    raise
-                raise self._routes.unknown(route.path.partition("/")[0]) from e
-            finally:
-                waited = time.perf_counter() - sent
-            spans = reply.spans
-            if isinstance(reply, Failure):
-                raise reply.error
-            content = fmz.answer(reply)
-            if reply.tell:  # a host that has hung up does not know of its order: an equal one that comes next is a repetition
-                arrived = request.transport is not None and not request.transport.is_closing()
-                await self._caller.told(reply.tell, key, arrived=arrived)
+                one.exchange = route.exchange
+            # Who may call is to be decided here, before anything is looked at that others were answered.
+            question = self._cache.question(route, call)
+            content = self._cache.find(question) if question is not None else None
+            if content is None:
+                content = await self._ask(request, route, call, question, one)
         except BusError as e:
-            content, outcome = fmz.refuse(e, *keys), e.code
+            content, one.outcome = fmz.refuse(e, *keys), e.code
         except Exception:
             log.exception("unhandled error")  # the traceback stays here, the host gets one line
             told = "internal error, see the bridge's log"
-            error = outcome_unknown(told, key if METHODS[method].places else "") if key else Internal(told)
-            content, outcome = fmz.refuse(error), error.code
+            error = outcome_unknown(told, one.key if METHODS[one.method].places else "") if one.key else Internal(told)
+            content, one.outcome = fmz.refuse(error), error.code
         finally:
-            if self._open_keys.get(key) is request.protocol:
-                del self._open_keys[key]
+            if one.key and self._open_keys.get(one.key) is request.protocol:
+                del self._open_keys[one.key]
         elapsed = time.perf_counter() - started
-        self._metrics.answered(exchange, method, outcome, elapsed)
+        self._metrics.answered(one.exchange, one.method, one.outcome, elapsed)
+        if question is not None:
+            self._metrics.cached(one.exchange, one.method, question.result)
         response = web.Response(body=content, content_type=JSON)
-        if request.headers.get("Fmzbus-Trace") == "1":
-            response.headers["Server-Timing"] = _timing(elapsed, waited, spans)
-            response.headers["Fmzbus-Cache"] = "miss"
+        if one.trace:
+            response.headers["Server-Timing"] = _timing(elapsed, one.waited, one.spans)
+            response.headers["Fmzbus-Cache"] = question.result if question is not None else MISS
         return response
+
+    async def _ask(self, request: web.BaseRequest, route: Route, call: fmz.HostCall, question: Question | None, one: _Course) -> bytes:
+        """The answer of a worker, as an envelope. Raises BusError."""
+        if self.in_flight > self._settings.max_in_flight * (2 if one.method == "cancel" else 1):  # which finds room where others do not
+            raise Busy(f"{self._settings.max_in_flight} requests are in flight already")
+        if question is not None:
+            left_s = self._settings.deadline_s - (time.perf_counter() - one.started) - REPLY_S
+            sent = time.perf_counter()
+            try:
+                return await self._cache.ask(
+                    question, lambda params, resolved: self._send(route, call, fmz.encode_params(params), one, resolved=resolved), left_s
+                )
+            finally:
+                one.waited = one.waited or time.perf_counter() - sent
+        params = fmz.encode_params(call.params)
+        if is_write(call.method, call.params):
+            one.key = self._key(route.path, call, params, request.protocol)
+        reply = await self._send(route, call, params, one)
+        if isinstance(reply, Failure):
+            raise reply.error
+        content = fmz.answer(reply)
+        if reply.tell:  # a host that has hung up does not know of its order: an equal one that comes next is a repetition
+            arrived = request.transport is not None and not request.transport.is_closing()
+            await self._caller.told(reply.tell, one.key, arrived=arrived)
+        return content
+
+    async def _send(self, route: Route, call: fmz.HostCall, params: bytes, one: _Course, *, resolved: bool = False) -> Reply:
+        key_id, sealed, mac_key = self._sealer.box(call.access_key, call.secret_key)
+        left_s = self._settings.deadline_s - (time.perf_counter() - one.started)
+        now_ms = self._bus.now_ms()
+        message = Request(
+            exchange=route.exchange,
+            path=route.path,
+            method=one.method,
+            params=Raw(params),
+            expires_at_ms=now_ms + int((left_s - self._margin_s) * 1000),
+            idempotency_key=one.key,
+            key_id=key_id,
+            sealed=sealed,
+            trace=one.trace,
+            asked_ms=now_ms - int((time.perf_counter() - one.started) * 1000) if one.key else 0,
+            resolved=resolved,
+        )
+        sent = time.perf_counter()
+        try:
+            reply = await self._caller.call(
+                route.exchange, one.method, frame(encode_exact(message), mac_key), key=one.key, timeout_s=left_s - REPLY_S
+            )
+        except NoWorker as e:
+            if route.known:
+                raise
+            raise self._routes.unknown(route.path.partition("/")[0]) from e
+        finally:
+            one.waited = time.perf_counter() - sent
+        one.spans = reply.spans
+        return reply
 
     async def _read(self, request: web.BaseRequest, started: float) -> bytes:
         if len(self.server._connections) > self._settings.max_connections:  # .connections makes a list of them all
             raise Busy(f"{self._settings.max_connections} connections are open already")
         try:
-            if request.content.is_eof():  # the usual case: the body came with the head, no timer is needed
-                return await request.read()
+            if request.content.is_eof():  # the usual case: the body came with the head, no timer is needed, and nothing to wait for
+                body = request.content.read_nowait()
+                if len(body) > self._settings.max_body_kib * 1024:
+                    raise BadRequest(f"body: expected at most {self._settings.max_body_kib} KiB")
+                return body
             async with asyncio.timeout(self._settings.deadline_s - (time.perf_counter() - started) - self._margin_s):
                 if request.headers.get("Expect", "").lower() == "100-continue":
                     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -9,6 +9,9 @@ from msgspec import Struct
 from bus import subjects
 from bus.errors import BadRequest, BusError, NoWorker
 
+MOST, LONG = 10_000, 256
+"""So many paths are remembered, each of at most so many signs."""
+
 
 class Route(Struct, frozen=True):
     """exchange: of the subject. path: the whole path as the host wrote it, the exchange part in lower case; names the futures state.
@@ -39,9 +42,20 @@ class Routes:
         self._configured = set(configured) | set(self._routes.values())
         self._heard = heard
         self._settled = settled
+        self._found: dict[str, Route] = {}
 
     def find(self, raw_path: str) -> Route:
         """Raises BadRequest for a name nobody knows, with the nearest; NoWorker while no worker was ever heard."""
+        found = self._found.get(raw_path)
+        if found is None:
+            found = self._find(raw_path)
+            if found.known and len(raw_path) <= LONG:  # a name keeps its meaning from then on
+                if len(self._found) >= MOST:
+                    del self._found[next(iter(self._found))]
+                self._found[raw_path] = found
+        return found
+
+    def _find(self, raw_path: str) -> Route:
         first, _, session = unquote(raw_path).strip("/").partition("/")
         name = first.lower()
         if name:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import msgspec
 import typer
 from rich.markup import escape
 
-from bus import backup, cancel_all, doctor, fleet, orders, paper, sdk, seal, switch, traffic, up
+from bus import backup, cancel_all, doctor, fleet, orders, paper, sdk, seal, status, switch, traffic, up, watch
 from bus import call as calls
+from bus.child import Child
 from bus.config import Config
-from bus.connection import Bus, without_password
+from bus.connection import Bus
 from bus.lifecycle import stop_signals
 from bus.logs import follow_files, newest, pretty
 from bus.sessions import Session, Sessions
@@ -39,7 +39,7 @@ sessions_app = typer.Typer(
 keys_app = typer.Typer(help="The keys that seal credentials between bridge and workers.", no_args_is_help=True, rich_markup_mode=None)
 for name, commands in (("sessions", sessions_app), ("keys", keys_app), ("paper", paper.app)):
     app.add_typer(commands, name=name)
-for part in (sdk, orders, cancel_all, switch, backup):
+for part in (status, watch, sdk, orders, cancel_all, switch, backup):
     app.add_typer(part.app)
 
 
@@ -51,17 +51,18 @@ def up_command(
     state: StateDir = None,
     bridges: Annotated[int, typer.Option(min=1, max=64, help="Bridge processes; they share the port.")] = 1,
     workers: Annotated[int, typer.Option(min=1, max=256, help="Worker processes.")] = 2,
+    feeders: Annotated[int, typer.Option(min=0, max=64, help="Feeder processes; without one every request asks the exchange.")] = 1,
     bench: Annotated[bool, typer.Option("--bench", help="Also serve /null, an exchange without I/O.")] = False,
     expose: Annotated[bool, typer.Option("--expose-without-access-control", help="Allow a [bridge] host beyond this machine.")] = False,
 ) -> None:
-    """Run the whole system on this machine: nats-server, paper exchange, workers, bridges. Ctrl-C drains and stops it."""
+    """Run the whole system on this machine: nats-server, paper exchange, workers, feeders, bridges. Ctrl-C drains and stops it."""
     flags = {"bench": "true" if bench else None, "bridge__expose_without_access_control": "true" if expose else None}
     settings = configured(config, state, bridge__port=port, **flags)
     if reason := exposure(settings.bridge):
         raise failed(reason)
     started = time.monotonic()
 
-    def on_ready(address: str, children: list[up.Child]) -> None:
+    def on_ready(address: str, children: list[Child]) -> None:
         rows = table("what", "pid", "where", "admin")
         for child in children:
             rows.add_row(child.name, str(child.pid), child.status, child.admin)
@@ -75,8 +76,7 @@ def up_command(
         supervisor = up.Supervisor(
             settings,
             config_path=Path(config) if config else None,
-            bridges=bridges,
-            workers=workers,
+            counts={"worker": workers, "feeder": feeders, "bridge": bridges},
             admin_port=admin_port,
             say=_say,
         )
@@ -121,6 +121,12 @@ def worker_command(context: typer.Context) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "workers", *context.args])  # noqa: S606 - the same process goes on as the worker
 
 
+@app.command("feeder", context_settings=PASS_ON, add_help_option=False)
+def feeder_command(context: typer.Context) -> None:
+    """Run one feeder against the bus that [nats] url names; --help tells its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "workers.feeder", *context.args])  # noqa: S606 - the same process goes on as the feeder
+
+
 @app.command("call")
 def call_command(
     exchange: Annotated[str, typer.Argument(help="As in the service address: paper, okx/robot-7.")],
@@ -128,7 +134,7 @@ def call_command(
         str, typer.Argument(help="ticker, trade, __api_/path, io; or SetContractType, SetDirection, SetMarginLevel, GetPosition.")
     ],
     arguments: Annotated[list[str] | None, typer.Argument(help="k=v ...; plain values for the futures calls.")] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Send it that many times, each with its own nonce, and show percentiles.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Send it that many times, over one connection, and show percentiles.")] = 1,
     trace: Annotated[bool, typer.Option("--trace", help="Show how long each hop took.")] = False,
     verb: Annotated[str, typer.Option(help="Http-Method of a raw call (__api_...): GET, POST, PUT, DELETE.")] = "",
     url: Annotated[str | None, typer.Option(help="Of the bridge; default the system that runs on this state folder.")] = None,
@@ -155,39 +161,9 @@ def call_command(
     for name, value in replied.hops.items():
         err.print(f"{name}: {value}")
     if repeat > 1:
-        numbers = ", ".join(f"p{percent} {replied.percentile_ms(percent):.2f} ms" for percent in (50, 90, 99))
-        err.print(f"{repeat} calls: {numbers}")
+        err.print(replied.line())
     if replied.failed:
         raise typer.Exit(1)
-
-
-@app.command("status")
-def status_command(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, config: ConfigFile = None, state: StateDir = None
-) -> None:
-    """Who is alive, what it serves, where its admin listener is."""
-    settings = configured(config, state)
-
-    async def look(bus: Bus) -> list[fleet.Presence]:
-        async with fleet.followed(bus) as heard:
-            await asyncio.sleep(fleet.BEAT_S * 1.2)  # everybody speaks at least once in a beat
-            return heard.alive()
-
-    alive = _on_the_bus(settings, look)
-    where = without_password(bus_url(settings, "operator"))
-    if as_json:
-        out.print(msgspec.json.encode({"bus": where, "alive": alive}).decode())
-        return
-    rows = table("process", "ready", "up", "host", "pid", "serves", "admin", "version")
-    for one in alive:
-        serves = one.address or ", ".join(one.serves)
-        rows.add_row(one.process, "yes" if one.ready else "NO", f"{one.up_s:.0f} s", one.host, str(one.pid), serves, one.admin, one.version)
-    out.print(f"bus {where}")
-    out.print(rows)
-    roles = {one.role for one in alive}
-    for role in ("bridge", "worker"):
-        if role not in roles:
-            err.print(f"no {role} is alive")
 
 
 def _on_the_bus(settings: Config, look: Callable[[Bus], Coroutine[Any, Any, T]]) -> T:
@@ -306,7 +282,9 @@ def doctor_command(
         show(doctor.Finding(level="FAIL", what="NATS", seen="does not answer", do="start `fmzbus up`, or set [nats] url"))
     else:
         expected = up.expected(settings.state_path)
-        for finding in [*doctor.fleet_health(alive, expected), *doctor.hops(settings, service_address(settings), alive)]:
+        for finding in (*doctor.fleet_health(alive, expected), *doctor.feeding(alive, expected)):
+            show(finding)
+        for finding in doctor.hops(settings, service_address(settings), alive):
             show(finding)
     if as_json:
         out.print(doctor.as_json(findings).decode())

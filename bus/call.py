@@ -1,6 +1,7 @@
 """One FMZ request as a host would send it: what `fmzbus call` does."""
 
 import http.client
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,26 +13,39 @@ from msgspec import Struct
 
 IO_CODES = {"SetMarginLevel": 0, "SetDirection": 1, "SetContractType": 2, "GetPosition": 3, "GetPositions": 3}
 """FMZ's names of the futures calls, which travel as method `io`."""
+MISS = "miss"
+"""What `Fmzbus-Cache` says of an answer that a worker gave to this very request: others came from a feed, or from a moment ago."""
+_IN_BRIDGE = re.compile(r"\bbridge;dur=([\d.]+)")
 
 
-class Replied(Struct, frozen=True):
+class Replied(Struct):
     """body: the last envelope, or the first that was an error. hops: Server-Timing and Fmzbus-Cache of the last call, if traced.
 
-    seconds: what the caller waited, per call.
+    seconds: what the caller waited, per call; bridge_ms: the part of it that was the bridge's own. cached: answered from its cache.
     """
 
-    body: bytes
-    hops: dict[str, str]
-    seconds: list[float]
+    body: bytes = b""
+    hops: dict[str, str] = {}
+    seconds: list[float] = []
+    bridge_ms: list[float] = []
+    cached: int = 0
 
     @property
     def failed(self) -> bool:
         return b'"error"' in self.body[:9]
 
     def percentile_ms(self, percent: int) -> float:
-        if len(self.seconds) == 1:
-            return self.seconds[0] * 1000
-        return statistics.quantiles(self.seconds, n=100, method="inclusive")[percent - 1] * 1000
+        return _percentile(self.seconds, percent) * 1000
+
+    def line(self) -> str:
+        """What several calls add up to: "1000 calls: 999 from the cache; p50 0.31 ms, ...; in the bridge p50 0.05 ms, p99 0.11 ms"."""
+        waited = ", ".join(f"p{percent} {self.percentile_ms(percent):.2f} ms" for percent in (50, 90, 99))
+        own = ", ".join(f"p{percent} {_percentile(self.bridge_ms, percent):.2f} ms" for percent in (50, 99)) if self.bridge_ms else ""
+        return f"{len(self.seconds)} calls: {self.cached} from the cache; {waited}" + (f"; in the bridge {own}" if own else "")
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    return values[0] if len(values) == 1 else statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def body(method: str, arguments: Sequence[str], access_key: str, secret_key: str) -> dict[str, Any]:
@@ -68,11 +82,16 @@ def post(
     until_failed: bool = False,
     timeout_s: float = 30,
 ) -> Replied:
-    """POST it `repeat` times over one connection, each with a nonce of its own. Raises OSError or http.client.HTTPException."""
+    """POST it `repeat` times over one connection, each with a nonce of its own; more than one are traced, for the sum of them.
+
+    Raises OSError or http.client.HTTPException.
+    """
     url = urlsplit(address)
-    headers = {"Content-Type": "application/json"} | ({"Http-Method": verb} if verb else {}) | ({"Fmzbus-Trace": "1"} if trace else {})
+    headers = {"Content-Type": "application/json"} | ({"Http-Method": verb} if verb else {})
+    if trace or repeat > 1:
+        headers["Fmzbus-Trace"] = "1"
     connection = http.client.HTTPConnection(url.hostname or "127.0.0.1", url.port or 80, timeout=timeout_s)
-    replied = Replied(b"", {}, [])
+    replied = Replied()
     try:
         for _ in range(repeat):
             request["nonce"] = time.time_ns()
@@ -80,9 +99,12 @@ def post(
             connection.request("POST", "/" + path.lstrip("/"), msgspec.json.encode(request), headers)
             response = connection.getresponse()
             content = response.read()
-            seconds = [*replied.seconds, time.perf_counter() - started]
-            hops = {name: response.headers[name] for name in ("Server-Timing", "Fmzbus-Cache") if name in response.headers}
-            replied = Replied(replied.body if replied.failed else content, hops, seconds)
+            replied.seconds.append(time.perf_counter() - started)
+            replied.body = replied.body if replied.failed else content
+            told = {name: response.headers[name] for name in ("Server-Timing", "Fmzbus-Cache") if name in response.headers}
+            replied.cached += told.get("Fmzbus-Cache", MISS) != MISS
+            replied.bridge_ms += map(float, _IN_BRIDGE.findall(told.get("Server-Timing", "")))
+            replied.hops = told if trace else {}
             if replied.failed and until_failed:
                 break
         return replied

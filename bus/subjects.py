@@ -28,6 +28,15 @@ HALT_KEY = "record"
 RATE = "RATE"
 """Stream that counts orders per second, rate.<scope>.<second>."""
 
+MARKET = "MARKET"
+"""Stream, in memory, of the newest value of each feed subject."""
+
+WISH_CALL = "call.wishes"
+"""A feeder that hears nothing yet asks every follower for what it wishes."""
+
+CHANGED = "sessions.changed"
+"""A worker says which futures state has changed (sessions.Changed); bridges answer on forgot()."""
+
 SERVER_TIME = "$SYS.REQ.USER.INFO"
 """Any user may ask this; the reply carries the server's clock. It needs no JetStream."""
 
@@ -52,6 +61,11 @@ def token(text: str) -> str:
     if not escaped or len(escaped) > MAX_TOKEN:
         raise BadRequest(f"a name must have 1 to {MAX_TOKEN} signs, escaped; this one has {len(escaped)}")
     return escaped
+
+
+def untoken(escaped: str) -> str:
+    """What token() made of a text, turned back. Raises ValueError."""
+    return re.sub(rb"=([0-9A-F]{2})", lambda match: bytes([int(match[1], 16)]), escaped.encode()).decode()
 
 
 def name(text: str, what: str) -> str:
@@ -131,3 +145,40 @@ def told(worker: str, *, arrived: bool | None = None) -> str:
 def rate(scope: str, second: int) -> str:
     """Where orders of one second are counted. scope: whom a limit is for, "account 1f2e..."; second: since the epoch, bus time."""
     return f"rate.{token(scope)}.{second}"
+
+
+# ---------------------------------------------------------------- market data
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def feed(exchange: str, kind: str, symbol: str) -> str:
+    """Where the values of one market are told: "feed.paper.ticker.BTC_USDT"."""
+    return f"feed.{token(exchange)}.{token(kind)}.{token(symbol)}"
+
+
+def beat(exchange: str, shard: int | str) -> str:
+    """Where the feeder of a shard proves what it told. shard: "*" for all of them."""
+    return f"beat.{token(exchange)}.{shard}"
+
+
+EVERY_BEAT = "beat.*.*"
+
+
+def tick(process: str) -> str:
+    """Where a follower says what its clock shows; process may be "*"."""
+    return f"tick.{_part(process)}"
+
+
+def wish(exchange: str) -> str:
+    """Where followers say what they want to be fed with."""
+    return f"wish.{token(exchange)}"
+
+
+def shared(exchange: str, method: str, digest: str) -> str:
+    """Where a bridge passes on the answer to a public read. digest: of its params."""
+    return f"shared.{token(exchange)}.{token(method)}.{token(digest)}"
+
+
+def forgot(worker: str) -> str:
+    """Where bridges say that they forgot a futures state (sessions.Forgot)."""
+    return f"forgot.{token(worker)}"

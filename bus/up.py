@@ -1,8 +1,8 @@
 """`fmzbus up`: the whole system on one machine, supervised.
 
-Starts nats-server, then the paper exchange, workers and bridges at once, each in a process group of its own; restarts what dies, with
-back-off; stops in the order bridges, workers, exchange, NATS. The bridges' listening socket is opened here and handed down, so that no
-host is refused while a bridge is replaced.
+Starts nats-server, then the paper exchange, workers, feeders and bridges at once, each in a process group of its own; restarts what
+dies, with back-off; stops in the order bridges, workers, feeders, exchange, NATS. The bridges' listening socket is opened here and
+handed down, so that no host is refused while a bridge is replaced.
 """
 
 import asyncio
@@ -21,8 +21,9 @@ import msgspec
 from msgspec import Struct
 
 from bus import seal, server
+from bus.child import Child, ending
 from bus.config import Config, Venue, environment
-from bus.lifecycle import LISTEN_FD, die_with_parent
+from bus.lifecycle import LISTEN_FD
 
 READY_S = 45.0
 """A worker may settle for 30 s before it serves."""
@@ -32,8 +33,10 @@ FIRST_WAIT_S, LONGEST_WAIT_S, STEADY_S = 0.25, 30.0, 10.0
 """Back-off of restarts: doubles from the first to the longest, and begins anew after a child ran steadily."""
 HEALTH_S, HEAL_S = 5.0, 30.0
 """How often nats-server's health is looked at, and the time it has to become well after a restart."""
-ORDER = ("bridge", "worker", "paper", "nats")
-"""How roles stop; they start the other way round."""
+ORDER = ("bridge", "worker", "feeder", "paper", "nats")
+"""How roles stop."""
+MODULES = {"worker": "workers", "feeder": "workers.feeder", "bridge": "bridge"}
+"""What a role runs, in the order in which they start, after the exchange."""
 
 Say = Callable[[str], None]
 
@@ -55,63 +58,14 @@ class _Written(Running):
     expected: dict[str, int] = {}
 
 
-class Child:
-    """One supervised process. status and admin are what it said of itself when it became ready."""
-
-    def __init__(self, name: str, command: list[str], env: dict[str, str], output: Path, fds: tuple[int, ...] = ()) -> None:
-        self.name = name
-        self.role = name.partition("-")[0]
-        self.output = output
-        self.log = output.with_suffix(".log" if name == "nats" else ".jsonl")
-        self.status = ""
-        self.admin = ""
-        self.ready = asyncio.Event()
-        self.process: asyncio.subprocess.Process | None = None
-        self._command = command
-        self._env = env
-        self._fds = fds
-        self._began = 0
-        """Where the output of the present run begins."""
-
-    async def start(self) -> asyncio.subprocess.Process:
-        self.ready.clear()
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with self.output.open("ab") as output:
-            self._began = output.tell()
-            self.process = await asyncio.create_subprocess_exec(
-                *self._command,
-                env=self._env,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=self._fds,
-                process_group=0,  # Ctrl-C reaches the supervisor alone, which stops the children in order
-                preexec_fn=die_with_parent,
-            )
-        return self.process
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid if self.process and self.process.returncode is None else None
-
-    def signal(self, number: int) -> None:
-        if self.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
-
-    def last_words(self) -> str:
-        said = self.output.read_bytes()[self._began :] if self.output.exists() else b""
-        return "\n".join(said.decode(errors="replace").strip().splitlines()[-5:])
-
-
 class Supervisor:
-    """say: prints one line for the person at the terminal."""
+    """counts: how many of each role, "bridge", "worker", "feeder". say: prints one line for the person at the terminal."""
 
-    def __init__(self, config: Config, *, config_path: Path | None, bridges: int, workers: int, admin_port: int, say: Say) -> None:
+    def __init__(self, config: Config, *, config_path: Path | None, counts: dict[str, int], admin_port: int, say: Say) -> None:
         self._config = config
         self._state = config.state_path
         self._config_path = config_path
-        self._counts = {"worker": workers, "bridge": bridges}
+        self._counts = counts
         self._admin_port = admin_port
         self._say = say
         self._stopping = asyncio.Event()
@@ -156,7 +110,9 @@ class Supervisor:
             if not (server.is_free(chosen.port) and server.is_free(chosen.monitor_port)):
                 self._say("another program has the port of nats-server: choosing a new one")
                 server.choose_ports_again(self._state)
-            nats = Child("nats", server.command(self._state), dict(os.environ), self._state / "logs" / "nats.out")
+            nats = Child(
+                "nats", server.command(self._state, self._config.nats.mqtt_port), dict(os.environ), self._state / "logs" / "nats.out"
+            )
             await self._watch(nats, watching)
             try:
                 await server.wait_ready(self._state)
@@ -173,12 +129,13 @@ class Supervisor:
             port = self._config.paper.port or _kept_port(self._config)
             paper_url = f"http://127.0.0.1:{port}"
             await self._watch(self._child("paper", ["-m", "workers.venues.paper"], notices, env | {"paper__port": str(port)}), watching)
-        for role, module in (("worker", "workers"), ("bridge", "bridge")):
-            for number in range(1, self._counts[role] + 1):
+        for role, module in MODULES.items():
+            for number in range(1, self._counts.get(role, 0) + 1):
                 own = dict(env)
                 if not own["nats__url"]:
                     own["nats__url"] = server.url(self._state, role)
-                if role == "worker" and paper_url and not self._config.venues.get("paper", Venue()).base_url:
+                    own["nats__monitors"] = f'["{server.monitor(self._state)}"]'
+                if role != "bridge" and paper_url and not self._config.venues.get("paper", Venue()).base_url:
                     own["venues__paper__base_url"] = paper_url
                 arguments = ["-m", module]
                 if role == "bridge" and number == 1:
@@ -219,7 +176,7 @@ class Supervisor:
                 return
             if time.monotonic() - started > STEADY_S:
                 wait_s = FIRST_WAIT_S
-            what = f"ended ({_ending(status)})"
+            what = f"ended ({ending(status)})"
             while True:
                 self._say(f"{child.name} {what}; restarting in {wait_s:g} s; see {child.log}")
                 if await self._stopped_within(wait_s):
@@ -387,7 +344,3 @@ def _kept_port(config: Config) -> int:
 
 def _write_json(path: Path, content: Struct) -> None:
     path.write_bytes(msgspec.json.encode(content))
-
-
-def _ending(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"status {status}"

@@ -99,7 +99,9 @@ class System:
     @property
     def pids(self) -> dict[str, int]:
         """As the ready table told them; a restarted child has another."""
-        return {name: int(pid) for name, pid in re.findall(r"^((?:nats|paper|worker-\d+|bridge-\d+)) +(\d+) ", self.running.output, re.M)}
+        return {
+            name: int(pid) for name, pid in re.findall(r"^((?:nats|paper|(?:worker|feeder|bridge)-\d+)) +(\d+) ", self.running.output, re.M)
+        }
 
     def admin(self, name: str) -> str:
         found = re.search(rf"^{name} .* (\S+:\d+) *$", self.running.output, re.M)
@@ -117,13 +119,21 @@ async def system(state: Path, *options: str, **config: object) -> AsyncIterator[
 
 
 def process_env(state: Path, role: str, **config: object) -> dict[str, str]:
-    """The environment of a bridge or worker that runs by itself against nats() on this state folder."""
-    return environment(state=state, nats__url=server.url(state, role), **config)
+    """The environment of a bridge, worker or feeder that runs by itself against nats() on this state folder."""
+    monitors = f'["{server.monitor(state)}"]'
+    return environment(state=state, nats__url=server.url(state, role), nats__monitors=monitors, **config)
 
 
 @asynccontextmanager
 async def worker(state: Path, **config: object) -> AsyncIterator[Running]:
     async with running(sys.executable, "-m", "workers", env=process_env(state, "worker", **config)) as one:
+        await one.said('"event":"ready"')
+        yield one
+
+
+@asynccontextmanager
+async def feeder(state: Path, **config: object) -> AsyncIterator[Running]:
+    async with running(sys.executable, "-m", "workers.feeder", env=process_env(state, "feeder", **config)) as one:
         await one.said('"event":"ready"')
         yield one
 

@@ -101,7 +101,7 @@ async def system(exchange: Exchange, tmp_path_factory: pytest.TempPathFactory) -
         "venues__bitgo__base_url": exchange.url,
         "venues__paper__base_url": exchange.url,
     }
-    async with servers.system(tmp_path_factory.mktemp("s"), "--bench", "--workers", "1", **config) as system:
+    async with servers.system(tmp_path_factory.mktemp("s"), "--bench", "--workers", "1", "--feeders", "0", **config) as system:
         yield system
 
 

@@ -11,6 +11,7 @@ import pytest_asyncio
 from tests import exchanges, servers
 from tests.exchanges import NOW_S, Answer, Bitgo, Exchange, json
 from tests.host import Host, hosting
+from workers.venues import PUBLIC
 from workers.venues.bitgo import instrument, signed
 
 ACCESS, SECRET = "bitgo-access", "bitgo secret, with + and &"
@@ -25,6 +26,7 @@ async def exchange() -> AsyncIterator[Exchange]:
 @pytest_asyncio.fixture(scope="module")
 async def address(exchange: Exchange, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     settings: dict[str, object] = {"paper__enabled": "false", "venues__bitgo__base_url": exchange.url + "/"}
+    settings |= {f"market__share_s__{method}": 0 for method in PUBLIC}  # each test has the exchange say something else
     async with servers.system(tmp_path_factory.mktemp("s"), "--workers", "1", **settings) as system:
         yield system.address
 

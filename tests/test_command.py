@@ -36,8 +36,10 @@ async def test_help_teaches_every_command(shared_system: System) -> None:
         "up",
         "bridge",
         "worker",
+        "feeder",
         "call",
         "status",
+        "watch",
         "doctor",
         "sessions",
         "keys",
@@ -128,11 +130,14 @@ async def test_call_names_futures_calls_as_fmz_does(shared_system: System) -> No
         assert msgspec.json.decode(out)["data"] == data
 
 
+SUMS = r"{} calls: {} from the cache; p50 [\d.]+ ms, p90 [\d.]+ ms, p99 [\d.]+ ms; in the bridge p50 ([\d.]+) ms, p99 [\d.]+ ms"
+
+
 async def test_call_repeats_and_traces(shared_system: System) -> None:
-    status, out, err = await fmzbus(shared_system, "call", "paper", "ticker", "symbol=BTC_USDT", "--repeat", "20", "--trace")
+    status, out, err = await fmzbus(shared_system, "call", "paper", "accounts", "--repeat", "20", "--trace")
     assert status == 0
     assert out.count('"data"') == 1
-    assert re.search(r"^20 calls: p50 [\d.]+ ms, p90 [\d.]+ ms, p99 [\d.]+ ms$", err, re.M)
+    assert re.search(f"^{SUMS.format(20, 0)}$", err, re.M), err  # nothing of one account comes from a cache
     timing = re.search(r"^Server-Timing: (.*)$", err, re.M)
     assert timing
     hops = dict(re.findall(r"(\w+);dur=([\d.]+)", timing[1]))
@@ -141,6 +146,14 @@ async def test_call_repeats_and_traces(shared_system: System) -> None:
     assert parts == pytest.approx(float(hops["total"]), abs=0.01)
     assert float(hops["venue"]) > 0
     assert "Fmzbus-Cache: miss" in err
+
+
+async def test_call_says_how_much_came_from_the_cache_and_how_long_the_bridge_took(shared_system: System) -> None:
+    _, _, err = await fmzbus(shared_system, "call", "paper", "ticker", "symbol=BTC_USDT", "--repeat", "1000")
+    found = re.fullmatch(SUMS.format(1000, r"(\d+)") + "\n", err)
+    assert found, err
+    assert int(found[1]) >= 900  # 999 where nothing else runs: the first asks the exchange, and so does one whose proof is late
+    assert float(found[2]) < 1  # 0.05 where nothing else runs
 
 
 async def test_a_raw_call_takes_its_verb(shared_system: System) -> None:
@@ -159,12 +172,15 @@ async def test_status_lists_the_fleet(shared_system: System) -> None:
     assert status == 0
     told = msgspec.json.decode(out)
     assert "@" not in told["bus"]
-    assert sorted(one["role"] for one in told["alive"]) == ["bridge", "worker", "worker"]
+    assert sorted(one["role"] for one in told["alive"]) == ["bridge", "feeder", "worker", "worker"]
     pids = shared_system.pids
-    assert {one["pid"] for one in told["alive"]} == {pids["bridge-1"], pids["worker-1"], pids["worker-2"]}
+    assert {one["pid"] for one in told["alive"]} == {pids[name] for name in ("bridge-1", "feeder-1", "worker-1", "worker-2")}
     assert all(one["serves"] == ["bitgo", "null", "paper"] for one in told["alive"] if one["role"] == "worker")
     _, table, _ = await fmzbus(shared_system, "status")
     assert shared_system.address in table
+    feeder = next(one["process"] for one in told["alive"] if one["role"] == "feeder")
+    assert re.search(rf"^{feeder} .* paper 0 ", table, re.M), table
+    assert re.search(rf"^paper +candles depth ticker trades +{feeder} +\d+ +\d+ +0 +\d+ quiet ones *$", table, re.M), table
 
 
 async def test_status_without_a_bus_says_so(shared_system: System, tmp_path: Path) -> None:
@@ -236,6 +252,12 @@ async def test_a_lookup_that_reaches_no_bus_says_one_thing(tmp_path: Path) -> No
         assert process.returncode == 1
         assert err.decode() == "fmzbus: no bus answers; is `fmzbus up` running on this state folder, or [nats] url right?\n"
     assert not (tmp_path / "s").exists()
+
+
+def test_several_calls_add_up_to_one_line() -> None:
+    replied = call.Replied(seconds=[0.001] * 999 + [0.5], bridge_ms=[0.05] * 999 + [7.0], cached=999)
+    assert replied.line() == "1000 calls: 999 from the cache; p50 1.00 ms, p90 1.00 ms, p99 1.00 ms; in the bridge p50 0.05 ms, p99 0.05 ms"
+    assert call.Replied(seconds=[0.001, 0.003]).line() == "2 calls: 0 from the cache; p50 2.00 ms, p90 2.80 ms, p99 2.98 ms"
 
 
 def test_arguments_that_are_not_k_v_are_named() -> None:

@@ -142,7 +142,7 @@ async def test_the_whole_system_drains_and_leaves_nothing_behind(number: int, st
     async with exchanging() as exchange, servers.system(state, "--bench", "--bridges", "2", **exchange.settings) as system:
         assert up.running(state) == up.Running(system.running.process.pid, system.address)
         children = system.pids
-        assert sorted(children) == ["bridge-1", "bridge-2", "nats", "paper", "worker-1", "worker-2"]
+        assert sorted(children) == ["bridge-1", "bridge-2", "feeder-1", "nats", "paper", "worker-1", "worker-2"]
         exchange.hold()
         async with hosting(system.address) as host:
             answer = await host("null", "ticker", symbol="BTC_USDT")

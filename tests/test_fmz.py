@@ -1,5 +1,7 @@
 """The FMZ general protocol, host side: every tolerance of fmz-protocol A.2, B.4 and C, and nothing but BadRequest for the rest."""
 
+import json
+import re
 import string
 from decimal import Decimal
 from typing import Any
@@ -615,3 +617,38 @@ def test_no_refusal_ever_shows_a_key(params: dict[str, Any], secret: str) -> Non
             except BusError as e:
                 shown = e.text
             assert marked not in shown
+
+
+# ---------------------------------------------------------------- the short way
+
+VALUES: st.SearchStrategy[Any] = st.sampled_from(
+    ["BTC_USDT", " BTC_USDT\t", "btc_usdt.swap", "", " ", "a b", "x" * 65, "机器", "\ud800", 7, 1.5, None, True, [], {}, ["x"], "k\n"]
+)
+
+
+@given(
+    method=st.sampled_from(["ticker", "depth"]),
+    envelope=st.dictionaries(st.sampled_from(["access_key", "secret_key", "nonce", "more"]), VALUES),
+    params=st.none() | VALUES | st.dictionaries(st.sampled_from(["symbol", "access_key", "secret_key", "more"]), VALUES),
+    before=st.sampled_from(["", "\ufeff", " "]),
+    after=st.sampled_from(["", " ", "}", "\x00"]),
+)
+def test_quotes_are_read_the_short_way_as_any_other_call_is(method: str, envelope: Any, params: Any, before: str, after: str) -> None:
+    """A blank behind the colon is all that keeps a request off the short way."""
+
+    def read(colon: str) -> Any:
+        text = json.dumps(envelope | {"params": params})[1:]
+        content = f'{before}{{"method"{colon}"{method}",{text}{after}'.encode()
+        try:
+            call = fmz.decode(content)
+        except BadRequest as e:
+            return re.sub(r"byte \d+", "", str(e))
+        return (call.access_key, call.secret_key, call.method, call.params, call.nonce)
+
+    assert read(":") == read(": ")
+
+
+def test_a_quote_with_bad_utf8_in_a_field_nobody_reads_is_refused() -> None:
+    for colon in (b":", b": "):
+        with pytest.raises(BadRequest, match="UTF-8"):
+            fmz.decode(b'{"method"%b"ticker","more":"\xff","access_key":"a","secret_key":"s","params":{"symbol":"BTC_USDT"}}' % colon)

@@ -53,9 +53,9 @@ def test_only_the_named_places_serve_http() -> None:
     assert serving <= WEB
 
 
-def test_only_the_http_module_calls_exchanges() -> None:
+def test_only_the_http_module_and_the_sockets_call_exchanges() -> None:
     calling = {name for name in FILES if imports(name, "aiohttp") and name.startswith("workers/") and not name.startswith(PAPER)}
-    assert calling == {"workers/http.py"}
+    assert calling == {"workers/http.py", "workers/lines.py"}
     assert not imports("workers/venues/paper/client.py", "aiohttp", "http", "urllib.request")
 
 
@@ -64,9 +64,10 @@ def test_ccxt_is_not_there_yet() -> None:
 
 
 def test_the_exchange_that_we_run_shares_no_code_with_its_client() -> None:
-    server = [name for name in FILES if name.startswith(PAPER) and not name.endswith(("client.py", "__init__.py"))]
+    server = [name for name in FILES if name.startswith(PAPER) and not name.endswith(("client.py", "feed.py", "__init__.py"))]
     assert server
-    assert not [name for name in server if imports(name, "workers.venues.paper.client", "workers.http", "workers.calls")]
+    client = ("workers.venues.paper.client", "workers.venues.paper.feed", "workers.http", "workers.calls")
+    assert not [name for name in server if imports(name, *client)]
 
 
 def test_only_process_mains_and_configuration_read_the_environment() -> None:
@@ -106,15 +107,15 @@ def test_only_fmz_reads_the_hosts_json() -> None:
     assert reading == {"bridge/fmz.py"}
 
 
-def test_the_envelope_is_written_in_one_place() -> None:
-    """b'{"data":' is the host's envelope; the bridge's other files pass bytes on."""
+def test_the_envelope_is_written_in_two_places() -> None:
+    """b'{"data":' is the host's envelope: the bridge's, and that of the values that feeders tell; all others pass bytes on."""
     writing = {
         name
         for name, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, bytes) and node.value.startswith(b'{"data"')
     }
-    assert writing == {"bridge/fmz.py"}
+    assert writing == {"bridge/fmz.py", "bus/market.py"}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -321,11 +321,11 @@ async def test_whatever_dies_is_restarted_with_growing_patience_and_the_fleet_is
 
 
 async def whole(state: Path) -> list[dict[str, Any]]:
-    """Wait until `fmzbus status --json` shows a bridge and two workers, all ready. (A beat may be late on a busy machine.)"""
+    """Wait until `fmzbus status --json` shows a bridge, a feeder and two workers, all ready. (A beat may be late on a busy machine.)"""
     async with asyncio.timeout(30):
         while True:
             alive = await status(state)
-            if sorted(one["role"] for one in alive if one.get("ready", True)) == ["bridge", "worker", "worker"]:
+            if sorted(one["role"] for one in alive if one.get("ready", True)) == ["bridge", "feeder", "worker", "worker"]:
                 return alive
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from bus import lifecycle, seal, server
 from bus import up as ups
+from bus.child import Child
 from bus.config import Config, environment
 from tests import servers
 from tests.host import hosting
@@ -95,7 +96,7 @@ async def test_the_port_of_nats_is_kept_and_chosen_anew_when_a_stranger_has_it(s
 async def test_no_child_survives_a_killed_supervisor(state: Path) -> None:
     async with servers.system(state, "--bench", "--bridges", "2") as system:
         children = system.pids
-        assert len(children) == 6
+        assert sorted(children) == ["bridge-1", "bridge-2", "feeder-1", "nats", "paper", "worker-1", "worker-2"]
         system.running.send(signal.SIGKILL)
         await system.running.process.wait()
         await eventually(lambda: not any(servers.alive(pid) for pid in children.values()), 10)
@@ -139,6 +140,28 @@ async def test_bridge_and_worker_run_alone_against_any_nats_server(tmp_path: Pat
         assert await worker.stop() == 0
 
 
+async def test_a_feeder_runs_alone_for_the_exchanges_it_is_told_to(state: Path) -> None:
+    async with servers.system(state, "--feeders", "0", "--workers", "1") as system:
+        assert not [name for name in system.pids if name.startswith("feeder")]
+        paper = re.search(r"^paper +\d+ +(http://\S+) ", system.running.output, re.M)
+        assert paper
+        config = {"state": state, "venues__paper__base_url": paper[1]}
+        async with servers.running(COMMAND, "feeder", "--exchanges", "Paper", env=environment(**config)) as feeder:
+            assert (await feeder.said(r'"event":"ready","exchanges":(\[.*?\])'))[1] == '["paper"]'
+            async with servers.watching(state) as heard:
+                await eventually(lambda: [one.feeds["paper"].shards for one in heard.alive() if one.role == "feeder"] == [[0]])
+            assert await feeder.stop() == 0
+        status, said = await ended(COMMAND, "feeder", "--exchanges", "bitgo", **config)
+        assert (status, "bitgo offers no socket" in said) == (1, True)
+
+
+async def test_up_is_ready_without_any_market_data(state: Path) -> None:
+    """The feeder's exchange has no socket that answers."""
+    async with servers.system(state, venues__paper__ws_url="ws://127.0.0.1:1") as system, hosting(system.address) as host:
+        assert re.search(r"^feeder-1 +\d+ +paper +127\.0\.0\.1:\d+ *$", system.running.output, re.M)
+        assert "data" in await host("paper", "ticker", symbol="BTC_USDT")
+
+
 hangup = pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="the tests run under nohup, which we respect")
 
 
@@ -175,7 +198,7 @@ async def test_up_goes_on_and_drains_when_nobody_reads_what_it_says(state: Path,
     assert "Traceback" not in shown.read_text()
 
 
-@pytest.mark.parametrize("role", ["bridge", "worker"])
+@pytest.mark.parametrize("role", ["bridge", "worker", "feeder"])
 async def test_a_process_that_still_waits_for_the_bus_stops_when_told_to(role: str, state: Path) -> None:
     seal.new_keys(state / "keys")
     config = {"state": state, "nats__url": f"nats://127.0.0.1:{server.free_port()}", "bridge__port": 0}
@@ -188,7 +211,7 @@ async def test_a_process_that_still_waits_for_the_bus_stops_when_told_to(role: s
 async def test_a_system_that_does_not_get_ready_stops_when_told_to(state: Path) -> None:
     nobody = f"nats://127.0.0.1:{server.free_port()}"
     async with servers.running(*up(state, "--port", "0"), env=environment(nats__url=nobody, paper__enabled="false")) as one:
-        logs = [state / "logs" / f"{name}.jsonl" for name in ("worker-1", "worker-2", "bridge-1")]
+        logs = [state / "logs" / f"{name}.jsonl" for name in ("worker-1", "worker-2", "feeder-1", "bridge-1")]
         await eventually(lambda: all(path.exists() and "bus error" in path.read_text() for path in logs), 20)
         assert await one.stop(signal.SIGINT, within_s=10) == 0
         assert "did not stop" not in one.output
@@ -278,8 +301,8 @@ class Supervised:
         state.mkdir()
         self.said: list[str] = []
         config = Config(state=str(state))
-        self.supervisor = ups.Supervisor(config, config_path=None, bridges=1, workers=1, admin_port=0, say=self.said.append)
-        self.child = ups.Child("nats", [sys.executable, "-c", code], dict(os.environ), state / "nats.out")
+        self.supervisor = ups.Supervisor(config, config_path=None, counts={}, admin_port=0, say=self.said.append)
+        self.child = Child("nats", [sys.executable, "-c", code], dict(os.environ), state / "nats.out")
         self.supervisor.children.append(self.child)
 
 
@@ -313,6 +336,22 @@ async def test_a_child_that_is_being_restarted_when_the_stop_comes_is_stopped_to
     one.child.signal(signal.SIGKILL)
     await asyncio.wait_for(one.supervisor._keep(one.child, process), 10)
     assert one.child.pid is None
+
+
+async def test_roles_stop_in_order_each_after_the_one_before_has_ended(state: Path) -> None:
+    one = Supervised(state)
+    one.supervisor.children.clear()
+    ended = state / "ended"
+    say = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(open(sys.argv[1], 'a').write(sys.argv[2]) * 0))"
+    for name in ("nats", "paper", "worker-1", "worker-2", "feeder-1", "bridge-1"):
+        code = f"{say}; print('up', flush=True); time.sleep(60)"
+        child = Child(name, [sys.executable, "-c", code, str(ended), f"{name}\n"], dict(os.environ), state / f"{name}.out")
+        one.supervisor.children.append(child)
+        await child.start()
+        await eventually(lambda output=child.output: output.exists() and output.read_text() == "up\n")  # type: ignore[misc]
+    await one.supervisor._stop_all()
+    bridge, *workers, feeder, paper, nats = ended.read_text().split()
+    assert (bridge, sorted(workers), feeder, paper, nats) == ("bridge-1", ["worker-1", "worker-2"], "feeder-1", "paper", "nats")
 
 
 async def test_nats_is_restarted_when_it_is_not_well_although_the_disk_takes_data(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,13 +34,13 @@ async def serve(config: Config, args: ProcessArgs, venues: dict[str, Venue], sto
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         bus = await enter(connected(bus_url(config, "worker"), "worker", closed=stopping.fail))
-        sessions = Sessions(bus, config.nats.replicas)
+        heard = await enter(fleet.followed(bus))
+        sessions = Sessions(bus, config.nats.replicas, lambda: [one.process for one in heard.alive() if one.role == "bridge"])
         journal = Journal(bus, config.orders, config.nats.replicas, disk=config.state_path / "nats" / "store")
         with contextlib.suppress(BusDown):  # without JetStream reads and cancels go on; whoever needs it is told
             await sessions.open()
             await journal.open()
         exchanges = await enter(http.opened(timeouts(config.venues), settings.call_timeout_s, metrics))
-        heard = await enter(fleet.followed(bus))
         guard = await enter(guarding(bus, config))
         opener = Opener(config.keys_path)
         settler = Settler(bus, journal, opener, venues, exchanges, heard, config.orders, metrics)
@@ -48,10 +48,12 @@ async def serve(config: Config, args: ProcessArgs, venues: dict[str, Venue], sto
         ready = lambda: bus.ready and taking and not stopping.is_set  # noqa: E731
         where = await enter(admin(metrics, ready, port=args.admin_port))
         metrics.connected.set_function(lambda: bus.nc.is_connected)
-        leave = await enter(fleet.announced(bus, admin=where, version=VERSION, serves=sorted(venues), ready=ready))
+        offered = {name: fleet.Venue(public=sorted(venue.public), contracts=venue.contracts) for name, venue in venues.items()}
+        leave = await enter(fleet.announced(bus, admin=where, version=VERSION, serves=sorted(venues), venues=offered, ready=ready))
         await settler.before_serving()
         await enter(running(settler.run()))
         await bus.nc.subscribe(subjects.told(bus.process), cb=settler.hear)
+        await bus.nc.subscribe(subjects.forgot(bus.process), cb=sessions.hear)
         serving = await enter(
             pool.serving(
                 bus,

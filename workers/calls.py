@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 from msgspec import Raw, Struct
 
+from bus import subjects
 from bus.config import Venue as Settings
 from bus.connection import Bus
 from bus.errors import BadRequest, BusDown, BusError, Expired, Internal, TimedOut, outcome_unknown
@@ -23,6 +24,7 @@ from bus.messages import (
     Positions,
     Reply,
     Request,
+    Robot,
     Spans,
     Success,
     Ticker,
@@ -33,7 +35,7 @@ from bus.messages import (
 from bus.methods import DECODERS, METHODS, Method, host_name, is_write
 from bus.metrics import Metrics
 from bus.seal import Opened, Opener
-from bus.sessions import Session, Sessions
+from bus.sessions import Session, Sessions, in_contract
 from workers.http import Call, Http
 from workers.orders import Orders, Send
 from workers.venues import Contracts, Venue
@@ -78,12 +80,16 @@ class Calls:
             call = self._call(request, opened, method, data, write=is_write(method, params))
             try:
                 async with asyncio.timeout(call.left_s()):
-                    result = await self._run(method, call, params)
+                    result = await self._run(method, call, params, resolved=request.resolved)
             except TimeoutError as e:
                 # An order that was cut off before it was sent may be the repetition of one that was.
                 call.sent = call.sent or (method.places and self._orders is not None)
                 raise call.failed(f"no answer from {call.exchange} in time", TimedOut) from e
-            reply = _success(result, tell=self._bus.process if method.places and self._orders is not None else "")
+            reply = _success(
+                result,
+                tell=self._bus.process if method.places and self._orders is not None else "",
+                robot=self._robot(method, call, params, resolved=request.resolved),
+            )
         except BusError as e:
             reply = Failure(code=e.code, message=call.redacted(str(e)) if call else str(e))
         except (Exception, asyncio.CancelledError, SystemExit) as e:
@@ -117,7 +123,7 @@ class Calls:
             raise Expired("the request reached a worker too late; nothing was sent")
         return call
 
-    async def _run(self, method: Method, call: Call, params: Struct) -> Any:
+    async def _run(self, method: Method, call: Call, params: Struct, *, resolved: bool) -> Any:
         venue = self._venues.get(call.exchange)
         if venue is None:
             raise BadRequest(f"this worker does not serve {call.exchange}")
@@ -127,7 +133,7 @@ class Calls:
         if function is None or (method.io is not None and not venue.contracts):
             raise BadRequest(f"{host_name(method)} not support")
         symbol = getattr(params, "symbol", "")
-        if venue.contracts:
+        if venue.contracts and not (resolved and method.name in venue.public):
             params = await self._in_session(method, call, params)
         elif isinstance(params, Trade) and params.side not in ("buy", "sell"):
             raise BadRequest(f"type: expected buy or sell, got {params.side}: {call.exchange} trades no contracts")
@@ -198,7 +204,15 @@ class Calls:
             return params  # a cancel always goes: at worst the exchange does not find the order there
         if isinstance(params, Trade):
             return directed(params, call.session)
-        return msgspec.structs.replace(params, symbol=in_contract(symbol, call.session))
+        return msgspec.structs.replace(params, symbol=in_contract(symbol, call.session.contract))
+
+    def _robot(self, method: Method, call: Call, params: Struct, *, resolved: bool) -> Robot | None:
+        """Which futures state decided what a public read is about."""
+        venue = self._venues[call.exchange]
+        bare = "." not in getattr(params, "symbol", ".")
+        if not (venue.contracts and method.name in venue.public and bare) or resolved:
+            return None
+        return Robot(subjects.session_key(call.path, call.account), call.session.contract)
 
     def _count(self, request: Request | None, call: Call | None, reply: Reply, elapsed: float) -> None:
         outcome = reply.code if isinstance(reply, Failure) else "ok"
@@ -212,14 +226,9 @@ class Calls:
             )
 
 
-def in_contract(symbol: str, session: Session) -> str:
-    """A bare symbol under the session's contract: "BTC_USDT" after SetContractType("swap") is "BTC_USDT.swap"."""
-    return symbol if not session.contract or "." in symbol or session.contract == "spot" else f"{symbol}.{session.contract}"
-
-
 def directed(params: Trade, session: Session) -> Trade:
     """The order in plain terms, side buy or sell and an offset. Raises BadRequest where side and direction contradict each other."""
-    symbol = in_contract(params.symbol, session)
+    symbol = in_contract(params.symbol, session.contract)
     if "." not in symbol:
         if params.side not in ("buy", "sell"):
             raise BadRequest(f"type: {params.side} needs a contract: call SetContractType first, or write the symbol as {symbol}.swap")
@@ -247,10 +256,10 @@ def _decode(request: Request) -> tuple[Method, Struct]:
         raise BadRequest(f"params: {e}") from e
 
 
-def _success(result: Any, *, tell: str) -> Success:
+def _success(result: Any, *, tell: str, robot: Robot | None) -> Success:
     if isinstance(result, WithRaw):
-        return Success(data=Raw(encode(result.data)), raw=Raw(encode(result.raw)), tell=tell)
-    return Success(data=result if isinstance(result, Raw) else Raw(encode(result)), tell=tell)
+        return Success(data=Raw(encode(result.data)), raw=Raw(encode(result.raw)), tell=tell, robot=robot)
+    return Success(data=result if isinstance(result, Raw) else Raw(encode(result)), tell=tell, robot=robot)
 
 
 def _traceback(call: Call | None) -> dict[str, str]:

@@ -107,7 +107,7 @@ async def serving(
         subscriber(pool.take)
         subscriber.process_message = pool.take  # type: ignore[method-assign, assignment]  # without the stages between
     await broker.start()
-    await bus.nc.flush()  # start() returns before the server has the subscriptions
+    await bus.flush()  # start() returns before the server has the subscriptions
     try:
         yield pool
     finally:

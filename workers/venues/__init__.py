@@ -5,8 +5,9 @@ group `fmzbus.venues`, or `[venues.NAME] class = "module:Class"`. One instance s
 """
 
 import importlib
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from bus import config
 from bus.messages import (
@@ -15,6 +16,7 @@ from bus.messages import (
     Candle,
     Depth,
     Empty,
+    Level,
     MarginLevel,
     Market,
     Order,
@@ -31,6 +33,7 @@ from bus.messages import (
 )
 from workers.http import Call
 from workers.rules import Rules
+from workers.updates import Channel, Update
 
 PUBLIC = frozenset({"ticker", "depth", "trades", "records"})
 """What most exchanges answer alike to everybody."""
@@ -100,6 +103,39 @@ class KnowsMarkets(Protocol):
     """
 
     async def rules(self, call: Call, symbol: str) -> Rules: ...
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """May be offered: the exchange's socket, as pure functions. workers/lines.py keeps the connections, workers/desk.py the values; a
+    venue that offers it lets `ticker` and `depth` be called without keys, by which quiet markets are proven.
+
+    feeds: kinds of workers/updates.py. per_socket: channels that one connection may have. requests_per_s: frames that one connection
+    may send. keepalive: a frame that the exchange wants to hear every 15 s, "" where WebSocket's own pings do.
+    """
+
+    feeds: ClassVar[frozenset[str]]
+    per_socket: ClassVar[int]
+    requests_per_s: ClassVar[float]
+    keepalive: ClassVar[str]
+
+    def socket_url(self) -> str:
+        """ "wss://..."; "" where there is none now, and nothing is fed."""
+
+    def channel(self, kind: str, symbol: str, period_m: int) -> Channel:
+        """What feeds a symbol in the host's spelling, with its contract. Raises BadRequest for one that cannot be."""
+
+    def subscribe(self, channels: Sequence[Channel], levels: int) -> list[str]:
+        """The frames that ask for channels, at most per_socket. levels: that a book should have at least, where one can choose."""
+
+    def unsubscribe(self, channels: Sequence[Channel], levels: int) -> list[str]: ...
+
+    def parse(self, frame: bytes) -> Sequence[Update]:
+        """What a frame tells; nothing, where it tells of something else. Raises ValueError, LookupError, TypeError or msgspec's errors
+        for what is not of the form that the exchange documents."""
+
+    def checksum(self, bids: Sequence[Level], asks: Sequence[Level]) -> int | None:
+        """That of a book, best levels first, as the exchange makes it; None where it makes none."""
 
 
 VENUES = {

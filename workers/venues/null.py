@@ -24,7 +24,7 @@ TICKER = Raw(
 
 
 class Null:
-    public = frozenset({"ticker"})
+    public = frozenset[str]()  # nothing of it is cached or shared: every request goes the whole path
     contracts = False
     lookups = frozenset[str]()
 
