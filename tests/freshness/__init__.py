@@ -1,0 +1,1 @@
+"""The freshness checker: hosts that poll while things break, and whether each answer was true, and recently enough."""
