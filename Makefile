@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: up test quick check bench clean
+.PHONY: up test quick check bench soak clean
 
 .venv/run.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
@@ -33,6 +33,10 @@ check: .venv/dev.stamp       ## format, lint, strict types, no secrets
 
 bench: .venv/dev.stamp       ## speed as ratios against bare references; a table, and build/bench.json
 	$(BIN)/python -m tests.bench $(ARGS)
+
+SOAK_S ?= 600
+soak: .venv/dev.stamp        ## ten minutes of market data: neither delays nor memory may grow; make soak SOAK_S=60
+	$(BIN)/python -m tests.bench.soak --seconds $(SOAK_S)
 
 clean:                       ## caches and the environment; the state folder stays
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

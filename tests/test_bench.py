@@ -14,9 +14,9 @@ from bus import server, subjects
 from bus.connection import connected
 from bus.server import free_port
 from tests import servers
-from tests.bench.__main__ import Figure, Orders, compare, order_figures
+from tests.bench.figures import Figure, compare
 from tests.bench.load import BODY, Report, percentile
-from tests.bench.orders import BARE, HOSTS, JOURNALED, STREAM, Cost, Driven, costs, drive
+from tests.bench.orders import BARE, HOSTS, JOURNALED, STREAM, Cost, Driven, Orders, costs, drive, order_figures
 
 pytestmark = pytest.mark.slow
 

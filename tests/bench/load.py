@@ -10,7 +10,7 @@ import sys
 import time
 from array import array
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -51,14 +51,31 @@ def percentile(ascending: Sequence[float], percent: float) -> float:
     return ascending[max(math.ceil(len(ascending) * percent / 100), 1) - 1] if ascending else 0.0
 
 
+class Asking(Protocol):
+    """Who asks over a connection. request: what is sent next."""
+
+    sent: int
+
+    @property
+    def request(self) -> bytes: ...
+    def answered(self, status: bytes, body: bytes, sent_at: float, now: float) -> bool: ...
+    def wrong(self, what: str) -> None: ...
+    def lost(self) -> None: ...
+
+
+def prepared(host: str, port: int, path: str, body: bytes) -> bytes:
+    """The bytes of one POST."""
+    head = f"POST {path or '/'} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
 class Load:
     """One run. expect: the body of a right answer; b"" accepts any HTTP 200 that is not an FMZ error."""
 
     def __init__(self, url: str, body: bytes, expect: bytes, *, connections: int, warm_up_s: float, seconds: float) -> None:
         parts = urlsplit(url)
         self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
-        head = f"POST {parts.path or '/'} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
-        self.request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        self.request = prepared(self.host, self.port, parts.path, body)
         self.connections = connections
         self.sent = self.errors = 0
         self._expect = expect
@@ -101,8 +118,8 @@ class Load:
             first_error=self._first_error,
         )
 
-    async def _connect(self) -> "_Connection":
-        return (await asyncio.get_running_loop().create_connection(lambda: _Connection(self), self.host, self.port))[1]
+    async def _connect(self) -> "Connection":
+        return (await asyncio.get_running_loop().create_connection(lambda: Connection(self), self.host, self.port))[1]
 
     def answered(self, status: bytes, body: bytes, sent_at: float, now: float) -> bool:
         """Count one answer. Whether the connection shall go on."""
@@ -139,8 +156,10 @@ class Load:
             self._all_ended.set()
 
 
-class _Connection(asyncio.Protocol):
-    def __init__(self, load: Load) -> None:
+class Connection(asyncio.Protocol):
+    """One kept-alive connection, on which the next request goes out when the answer has come."""
+
+    def __init__(self, load: Asking) -> None:
         self._load = load
         self._buffer = b""
         self._sent_at: float | None = None
