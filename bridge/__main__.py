@@ -38,7 +38,9 @@ async def serve(config: Config, args: ProcessArgs, stopping: Stopping) -> None:
         caller = await enter(calling(bus, metrics))
         routes = Routes(config.routes, config.venues, lambda: heard.exchanges, lambda: heard.settled)
         ages_s = msgspec.structs.asdict(config.market.max_age_s)
-        follower = await enter(following(bus, ages_s, unused_s=config.market.unused_s, told=lambda entry: push.told(entry)))
+        follower = await enter(
+            following(bus, ages_s, unused_s=config.market.unused_s, most=config.market.max_symbols, told=lambda entry: push.told(entry))
+        )
         push = await enter(pushing(follower, routes, heard, metrics))
         shared = await enter(sharing(bus, msgspec.structs.asdict(config.market.share_s)))
         cache = Cache(
@@ -47,7 +49,6 @@ async def serve(config: Config, args: ProcessArgs, stopping: Stopping) -> None:
             await enter(resolving(bus, heard.venues)),
             venues=heard.venues,
             alive=heard.alive,
-            max_symbols=config.market.max_symbols,
             metrics=metrics,
         )
         bridge = Bridge(

@@ -4,8 +4,6 @@ Only methods that the exchange's workers declare public come here, and whatever 
 the same for everybody. Who may call at all is decided before anybody asks here.
 """
 
-import contextlib
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import msgspec
@@ -16,7 +14,8 @@ from bridge import fmz
 from bridge.resolve import Resolver
 from bridge.routes import Route
 from bridge.shared import Answer, Key, Shared
-from bus.errors import BusError
+from bus import market
+from bus.errors import BusError, Busy
 from bus.fleet import Presence, Venue
 from bus.follow import Follower
 from bus.messages import Failure, Reply
@@ -52,8 +51,7 @@ class Question(Struct):
 
 
 class Cache:
-    """venues: what workers say of their exchanges; alive: who lives, to see whether anybody feeds an exchange. max_symbols: pairs of kind
-    and symbol that this bridge follows of an exchange."""
+    """venues: what workers say of their exchanges; alive: who lives, to see whether anybody feeds an exchange."""
 
     def __init__(
         self,
@@ -63,7 +61,6 @@ class Cache:
         *,
         venues: Mapping[str, Venue],
         alive: Callable[[], Iterable[Presence]],
-        max_symbols: int,
         metrics: Metrics,
     ) -> None:
         self._follower = follower
@@ -71,7 +68,6 @@ class Cache:
         self._resolver = resolver
         self._venues = venues
         self._alive = alive
-        self._max_symbols = max_symbols
         self._metrics = metrics
 
     def question(self, route: Route, call: fmz.HostCall) -> Question | None:
@@ -115,7 +111,7 @@ class Cache:
 
     async def _ask_unresolved(self, question: Question, send: Send) -> bytes:
         """The worker reads the futures state, and says what the symbol means: from then on it is known here."""
-        asked, asked_s = self._resolver.asked(), time.monotonic()
+        asked, asked_s = self._resolver.asked(), market.clock()
         reply = await send(question.call.params, False)  # noqa: FBT003
         if isinstance(reply, Failure):
             raise reply.error
@@ -132,16 +128,17 @@ class Cache:
         """Follow a symbol from now on, if somebody feeds it. A worker has just answered for it: it exists."""
         exchange, method = question.route.exchange, question.method
         key = (exchange, method, symbol)
-        entries = self._follower.entries
-        if method not in FED or key in entries:
+        entry = self._follower.entries.get(key)
+        if method not in FED or (entry is not None and entry.known):
             return
         if not any(method in feed.kinds for feed in (one.feeds.get(exchange) for one in self._alive()) if feed is not None):
             return
-        if len(entries) >= self._max_symbols and sum(1 for followed in entries if followed[0] == exchange) >= self._max_symbols:
-            self._metrics.not_followed.labels(exchange).inc()
-            return
-        with contextlib.suppress(BusError, nats.errors.Error):  # a symbol no subject can name, or no bus: workers answer as before
+        try:
             await self._follower.follow(key)
+        except Busy:
+            self._metrics.not_followed.labels(exchange).inc()
+        except (BusError, nats.errors.Error):
+            return  # a symbol no subject can name, or no bus: workers answer as before
 
 
 def _for_host(question: Question, content: bytes, symbol: str) -> bytes:

@@ -12,7 +12,6 @@ import logging
 import math
 import socket
 import sys
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -57,7 +56,7 @@ NOTHING = market.withdrawal("no value has come yet")
 class Waiting:
     """Frames that wait for one reader. lost: called for each that it will not get. clock: monotonic."""
 
-    def __init__(self, max_age_s: float, lost: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_age_s: float, lost: Callable[[], None], clock: Callable[[], float] = market.clock) -> None:
         self._max_age_s = max_age_s
         self._count = lost
         self._clock = clock
@@ -97,7 +96,7 @@ class Reader:
         self.waiting = waiting
         self._ready = asyncio.Event()
         self.told: bytes | None = None
-        self.patient_until_s = time.monotonic() + PATIENCE_S
+        self.patient_until_s = market.clock() + PATIENCE_S
 
     def offer(self, content: bytes, *, fresh: bool) -> None:
         """Put one reply behind those that wait. Never blocks: a reader that is slow is nobody else's trouble."""
@@ -210,8 +209,6 @@ class Push:
         exchange = self._routes.find(f"/{exchange}").exchange
         kind, symbol = unquote(kind), subjects.name(unquote(symbol), "symbol")
         name, _ = market.base(kind)
-        if symbol == "*":
-            raise BadRequest("symbol: expected one, a stream is of a single symbol")  # as a subject it would be every symbol's
         self._hear()
         if (exchange, name) not in self._fed and self._heard.settled:
             raise BadRequest(f"no feeder tells {name} of {subjects.shown(exchange)}")
@@ -244,7 +241,7 @@ class Push:
                     with contextlib.suppress(nats.errors.Error):
                         await self._follower.follow(key, known=False)
                 content = self._follower.find(key)
-                now_s = time.monotonic()
+                now_s = market.clock()
                 for reader in readers:
                     if content is not None and content is not reader.told:
                         reader.offer(content, fresh=True)

@@ -6,7 +6,6 @@ nothing: then a worker answers, who reads the state.
 """
 
 import contextlib
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -29,6 +28,9 @@ MOST = 10_000
 SURE_S = market.BEAT_OLD_S - market.TICK_S
 """So long after a tick of its own that came back a bridge relies on what it knows: less than a change waits for a silent bridge."""
 
+KNOWN_S = 30.0
+"""So long what a worker read is relied on: a change may be told to nobody, by a worker that was killed over it."""
+
 Who = tuple[str, str, str]
 """(path, access key, secret key)"""
 
@@ -43,12 +45,13 @@ class Asked(Struct, frozen=True):
 class _Known(Struct, frozen=True):
     session: str
     contract: str
+    learned_s: float
 
 
 class Resolver:
     """venues: what workers say of their exchanges (fleet.Fleet.venues)."""
 
-    def __init__(self, bus: Bus, venues: Mapping[str, Venue], *, most: int = MOST, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, bus: Bus, venues: Mapping[str, Venue], *, most: int = MOST, clock: Callable[[], float] = market.clock) -> None:
         self._bus = bus
         self._venues = venues
         self._most = most
@@ -70,7 +73,8 @@ class Resolver:
             self._heed_connection()
         who = (route.path, call.access_key, call.secret_key)
         known = self._known.get(who)
-        if known is None or self._clock() - self._sure_s >= SURE_S:
+        now_s = self._clock()
+        if known is None or now_s - self._sure_s >= SURE_S or now_s - known.learned_s >= KNOWN_S:
             return None
         self._known.move_to_end(who)
         return in_contract(symbol, known.contract) if known.contract else symbol
@@ -87,7 +91,7 @@ class Resolver:
             return
         who = (route.path, call.access_key, call.secret_key)
         self._drop(who)
-        self._known[who] = _Known(robot.session, robot.contract)
+        self._known[who] = _Known(robot.session, robot.contract, self._clock())
         self._who.setdefault(robot.session, set()).add(who)
         if len(self._known) > self._most:
             self._drop(next(iter(self._known)))

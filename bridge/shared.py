@@ -6,7 +6,6 @@ the newest tick that its sender had heard from each of them, so that they bound 
 
 import asyncio
 import contextlib
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -77,7 +76,7 @@ _decode = msgspec.json.Decoder(_Told).decode
 class Shared:
     """life_s: by method, 0 for an answer that only those share who ask while it is on its way."""
 
-    def __init__(self, bus: Bus, life_s: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, bus: Bus, life_s: Mapping[str, float], clock: Callable[[], float] = market.clock) -> None:
         self._bus = bus
         self._life_s = dict(life_s)
         self._clock = clock

@@ -7,7 +7,6 @@ way to a value that was told before somebody began to follow it.
 import asyncio
 import contextlib
 import logging
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -18,9 +17,9 @@ from nats.aio.subscription import Subscription
 
 from bus import market, subjects
 from bus.connection import Bus
-from bus.errors import BusError
+from bus.errors import BusError, Busy
 from bus.lifecycle import running
-from bus.market import BEAT_S, HEADER, TICK_S, UNREADABLE, WISHES_S, Entry, Proof, Shard, Wish
+from bus.market import BEAT_S, HEADER, TICK_S, UNREADABLE, WHOLE_S, WISHES_S, Entry, Proof, Shard, Wish
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +30,14 @@ Told = Callable[[Entry], None]
 WAITING = 64
 """Values of one key that may wait to be read; what comes on top is dropped by nats-py, which the beats show."""
 SNAPSHOT_S = 0.5
+DOUBTFUL_PART = 4
 LOST_AFTER_S = 2 * BEAT_S
 """A value that beats tell of and that did not come within this is asked for again."""
 
 
 class Follower:
-    """max_age_s: by kind. told: called with each entry that has changed. entries: all that is followed."""
+    """max_age_s: by kind. most: pairs of kind and symbol followed of an exchange. told: called with each entry that has changed. entries:
+    all that is followed."""
 
     def __init__(
         self,
@@ -44,16 +45,19 @@ class Follower:
         max_age_s: Mapping[str, float],
         *,
         unused_s: float,
+        most: int,
         told: Told | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = market.clock,
     ) -> None:
         self._bus = bus
         self._max_age_s = dict(max_age_s)
         self._unused_s = unused_s
+        self._most = most
         self._told = told
         self._clock = clock
         self._subscriptions: dict[Key, Subscription] = {}
         self._shards: defaultdict[tuple[str, int], Shard] = defaultdict(Shard)
+        self._beats: dict[tuple[str, int], float] = {}
         self._missing: dict[Key, float] = {}
         self._unread: asyncio.Queue[Entry] = asyncio.Queue()
         self.entries: dict[Key, Entry] = {}
@@ -79,12 +83,16 @@ class Follower:
 
     async def follow(self, key: Key, *, known: bool = True) -> Entry:
         """Begin to follow a key, or go on. What it is worth is seen by find(), a moment later. known: its market exists, somebody has
-        answered for it. Raises BadRequest for a kind that is none, nats.errors.Error."""
+        answered for it. Raises BadRequest for a kind that is none, Busy beyond the limit, nats.errors.Error."""
+        wished = [key[1:]]
         entry = self.entries.get(key)
         if entry is not None:
             entry.used_s = self._clock()
-            entry.known |= known
+            if known and not entry.known:
+                entry.known = True
+                await self._wish(key[0], Wish(follower=self._bus.process, keys=wished))
             return entry
+        self._check_room(key[0], known=known)
         entry = self.entries[key] = Entry(*key, self._clock(), self._max_age_s[market.base(key[1])[0]])
 
         read = 0
@@ -102,16 +110,25 @@ class Follower:
         try:
             self._subscriptions[key] = await self._bus.nc.subscribe(subjects.feed(*key), cb=hear, pending_msgs_limit=WAITING)
         except BaseException:
-            del self.entries[key]
+            self.entries.pop(key, None)
+            self._missing.pop(key, None)
             raise
         entry.known = known
         self._unread.put_nowait(entry)
-        wished = [key[1:]]
         await self._wish(key[0], Wish(follower=self._bus.process, keys=wished if known else [], unproven=[] if known else wished))
         return entry
 
+    def _check_room(self, exchange: str, *, known: bool) -> None:
+        """Of doubtful markets a follower follows but few, or their names could take the room of all others. Raises Busy."""
+        most = self._most if known else max(1, self._most // DOUBTFUL_PART)
+        if len(self.entries) < most:
+            return
+        followed = [entry for entry in self.entries.values() if entry.exchange == exchange and (known or not entry.known)]
+        if len(followed) >= most:
+            raise Busy(f"{most} symbols of {exchange} are followed already")
+
     async def leave(self, key: Key) -> None:
-        del self.entries[key]
+        self.entries.pop(key, None)
         self._missing.pop(key, None)
         subscription = self._subscriptions.pop(key, None)  # none yet, while follow() is about it
         if subscription is not None:
@@ -137,6 +154,7 @@ class Follower:
             return
         tick_ms = beat.heard.get(self._bus.process)
         now_s = self._clock()
+        self._beats[exchange, int(shard)] = now_s
         if heard.hear(beat, None if tick_ms is None or tick_ms > now_s * 1000 else tick_ms / 1000):
             await self._look_for_lost(exchange, beat, now_s)
 
@@ -146,7 +164,7 @@ class Follower:
             kind, _, symbol = name.partition(".")
             key = (exchange, kind, symbol)
             entry = self.entries.get(key)
-            if entry is not None and (entry.epoch, entry.n) < (beat.epoch, n):
+            if entry is not None and (entry.epoch != beat.epoch or entry.n < n):
                 self._missing.setdefault(key, now_s)
         lost = []
         for key, since_s in list(self._missing.items()):
@@ -174,6 +192,10 @@ class Follower:
     async def _repeat(self) -> None:
         """Say all that is wished, and leave what nobody has asked for lately."""
         horizon_s = self._clock() - self._unused_s
+        for which in [which for which, heard_s in self._beats.items() if heard_s < horizon_s]:
+            del self._beats[which]
+            if not any(entry.shard is self._shards[which] for entry in self.entries.values()):
+                del self._shards[which]
         for key in [key for key, entry in self.entries.items() if entry.used_s < horizon_s]:
             exchange = key[0]
             await self.leave(key)
@@ -193,7 +215,8 @@ class Follower:
         while True:
             with contextlib.suppress(BusError, nats.errors.Error):
                 self._bus.check()
-                whole = any(not shard.complete and shard.epoch for shard in self._shards.values())
+                lately_s = self._clock() - WHOLE_S
+                whole = any(heard_s > lately_s and not self._shards[which].complete for which, heard_s in self._beats.items())
                 await self._bus.nc.publish(subjects.tick(self._bus.process), market.tick(self._clock(), whole=whole))
             await asyncio.sleep(TICK_S)
 
@@ -214,11 +237,12 @@ async def following(
     max_age_s: Mapping[str, float],
     *,
     unused_s: float = 60.0,
+    most: int = 2000,
     told: Told | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] = market.clock,
 ) -> AsyncIterator[Follower]:
     """A follower for the life of a process."""
-    follower = Follower(bus, max_age_s, unused_s=unused_s, told=told, clock=clock)
+    follower = Follower(bus, max_age_s, unused_s=unused_s, most=most, told=told, clock=clock)
     subscriptions = [
         await bus.nc.subscribe(subjects.EVERY_BEAT, cb=follower.hear_beat),
         await bus.nc.subscribe(subjects.WISH_CALL, cb=follower.hear_call),

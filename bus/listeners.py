@@ -84,6 +84,6 @@ def parse(subject: str) -> Key | None:
             return None
     try:
         key = (subjects.untoken(exchange), subjects.untoken(kind), subjects.untoken(symbol))
-        return key if "*" not in key and subjects.feed(*key) == subject else None
+        return key if subjects.feed(*key) == subject else None
     except (ValueError, BadRequest):
         return None

@@ -7,6 +7,11 @@ knows by its own clock alone that a beat was made after that tick: whatever lay 
 meanwhile counts as old. Pure; bus/follow.py has the connection.
 """
 
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+
 import msgspec
 from msgspec import Struct
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
@@ -16,12 +21,15 @@ from bus.errors import BadRequest
 
 KINDS = ("ticker", "depth", "trades", "candles")
 MOST_MINUTES = 43_200
+PERIOD = re.compile(r"[1-9][0-9]{0,5}")
 
 BEAT_S = 0.5
 WHOLE_S = 5.0
 """How often a beat lists everything, asked or not."""
 BEAT_OLD_S = 1.5
 """A feeder whose newest beat is that old proves nothing any more, and is replaced."""
+SILENT_S = 10.0
+"""An epoch that was silent for so long may be followed by a lower one."""
 TICK_S = 0.25
 WISHES_S = 5.0
 """How often a follower repeats all that it wishes."""
@@ -32,6 +40,9 @@ HEADER = "Fmzbus-Feed"
 WITHDRAWN = -1
 """In place of an age: the value is not true any more, or nobody knows."""
 NEVER = float("-inf")
+
+clock: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+"""Of all that proves or is proven: monotonic, and where the system has one a clock that goes on while the machine sleeps."""
 
 
 class Proof(Struct, frozen=True, array_like=True):
@@ -94,7 +105,8 @@ def base(kind: str) -> tuple[str, int]:
     Raises BadRequest.
     """
     name, dash, minutes = kind.partition("-")
-    if name not in KINDS or (dash and (name != "candles" or not minutes.isdecimal() or not 1 <= int(minutes) <= MOST_MINUTES)):
+    wrong = dash and (name != "candles" or not PERIOD.fullmatch(minutes) or int(minutes) > MOST_MINUTES)
+    if name not in KINDS or wrong:
         raise BadRequest(f"kind: expected one of {', '.join(KINDS)}, or candles-15 for another period, got {subjects.shown(kind)}")
     return name, int(minutes or 1) if name == "candles" else 0
 
@@ -133,11 +145,13 @@ class Listed(Struct):
 
 
 class Shard:
-    """What a follower knows of one part of an exchange. beat_s: the newest beat was made after that, by the follower's clock."""
+    """What a follower knows of one part of an exchange. beat_s: the newest beat was made after that, by the follower's clock; heard_s: so
+    was the newest of any epoch."""
 
-    __slots__ = ("beat_s", "complete", "epoch", "feeder", "listed", "number", "top")
+    __slots__ = ("beat_s", "complete", "epoch", "feeder", "heard_s", "listed", "number", "top")
 
     def __init__(self) -> None:
+        self.heard_s = NEVER
         self.feeder = ""
         self.epoch = self.number = self.top = 0
         self.complete = False
@@ -147,6 +161,8 @@ class Shard:
 
     def hear(self, beat: Beat, asked_s: float | None) -> bool:
         """Take a beat. asked_s: when the tick was sent that it answers, None where it answers none. -> whether it counts."""
+        if asked_s is not None and asked_s - self.heard_s > SILENT_S and beat.epoch < self.epoch:
+            self._begin(beat.epoch, beat.feeder)  # whoever had the higher epoch has gone for good, and the clock of the bus was set back
         if (beat.epoch, beat.feeder) < (self.epoch, self.feeder):
             return False  # of a feeder that was replaced and does not know it yet
         if (beat.epoch, beat.feeder) == (self.epoch, self.feeder):
@@ -169,7 +185,7 @@ class Shard:
         if beat.leaving:
             self.beat_s = NEVER
         elif asked_s is not None:
-            self.beat_s = max(self.beat_s, asked_s)
+            self.beat_s = self.heard_s = max(self.beat_s, asked_s)
         return True
 
     def _begin(self, epoch: int, feeder: str) -> None:

@@ -44,7 +44,7 @@ _GUARD = [f"$JS.API.STREAM.{call}.KV_{HALT}" for call in ("CREATE", "INFO", "MSG
 # Who follows market data, and who feeds it.
 _FOLLOW = ["wish.>", "tick.*", f"$JS.API.DIRECT.GET.{MARKET}.>"]
 _FOLLOWED = ["feed.>", "beat.>", WISH_CALL]
-_FEED = ["feed.>", "beat.>", WISH_CALL] + [f"$JS.API.STREAM.{call}.{MARKET}" for call in ("CREATE", "UPDATE", "INFO")]
+_FEED = ["feed.>", "beat.>", WISH_CALL] + [f"$JS.API.STREAM.{call}.{MARKET}" for call in ("CREATE", "UPDATE")]
 
 # role -> (may publish, may subscribe). Allow-lists only: what is not named is refused. An operator's tools may look at everything;
 # nothing that travels holds an unsealed secret.
@@ -54,12 +54,12 @@ ROLES: dict[str, tuple[list[str], list[str]]] = {
         ["_INBOX.bridge.>", "fleet.>", "shared.>", "tick.*", CHANGED, *_FOLLOWED],
     ),
     "feeder": (
-        ["fleet.feeder.*", "fleet.roll", *_FEED, *_SERVER_TIME],
-        ["_INBOX.feeder.>", "fleet.>", "wish.>", "tick.*", "beat.>"],
+        ["fleet.feeder.*", *_FEED, *_SERVER_TIME],
+        ["_INBOX.feeder.>", "fleet.roll", "wish.>", "tick.*", "beat.>"],
     ),
     "worker": (
         ["_INBOX.bridge.>", "fleet.worker.*", "fleet.roll", CHANGED, *_BUCKET, *_JOURNAL, *_GUARD, *_SERVER_TIME],
-        ["rpc.>", "told.>", "forgot.>", "_INBOX.worker.>", "fleet.>"],
+        ["rpc.>", "told.>", "forgot.*", "_INBOX.worker.>", "fleet.>"],
     ),
     # Strategies that listen by themselves, over NATS or MQTT. An empty list would allow everything (measured): so a name nobody uses.
     "reader": (["_none"], ["feed.>"]),

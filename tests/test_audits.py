@@ -1,27 +1,28 @@
 """workers/audits.py: a market that says nothing is proven by REST, within a budget; one whose socket has died is found out."""
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from bus import config, server
-from bus.connection import connected
+from bus import config, market, server, subjects
+from bus.connection import Bus, connected
 from bus.errors import VenueRejected
 from bus.follow import Follower, following
 from bus.lifecycle import running
 from bus.messages import Depth, Level, Market, Ticker, number
 from bus.metrics import FeedMetrics, Metrics
 from tests import servers
-from workers import http, lines
+from workers import audits, http, lines
 from workers.audits import Audits
 from workers.desk import Desk
 from workers.http import Call
@@ -33,13 +34,18 @@ AGES = {"ticker": 2.0, "depth": 2.0, "trades": 2.0, "candles": 2.0}
 
 
 class Exchange:
-    """Its markets stand still. last: what it answers by REST; a socket tells what was true when it was subscribed to, and no more."""
+    """Its markets stand still. last: what it answers by REST; a socket tells what was true when it was subscribed to, and no more.
+
+    time: the document of its clock. open: while it is not set REST answers nothing."""
 
     def __init__(self) -> None:
         self.last: dict[str, int] = {}
         self.asked: Counter[str] = Counter()
         self.subscribed: Counter[str] = Counter()
         self.status = 200
+        self.time: object = {"time": 1}
+        self.open = asyncio.Event()
+        self.open.set()
 
     def document(self, symbol: str) -> dict[str, object]:
         last = self.last[symbol]
@@ -50,6 +56,9 @@ class Exchange:
         if kind == "ws":
             return await self._serve(request)
         self.asked[kind] += 1
+        await self.open.wait()
+        if kind == "time":
+            return web.json_response(self.time)
         symbol = request.rel_url.query["symbol"]
         if symbol not in self.last:
             return web.Response(status=400)
@@ -112,6 +121,13 @@ class Quiet:
         return None
 
 
+class Ticking(Quiet):
+    """It has a clock, and believes whatever document says what it shows."""
+
+    async def time_ms(self, call: Call) -> int:
+        return int((await call.send("GET", f"{self._base}/time")).json()["time"])
+
+
 def ticker(row: dict[str, list[list[int]]]) -> Ticker:
     last = number(row["last"])
     return Ticker(time_ms=1, buy=last, sell=last, last=last, high=last, low=last, vol=Decimal(1))
@@ -122,11 +138,15 @@ def levels(rows: list[list[int]]) -> list[Level]:
 
 
 class Stage:
-    def __init__(self, exchange: Exchange, desk: Desk, audits: Audits, follower: Follower, registry: CollectorRegistry) -> None:
-        self.exchange, self.desk, self.audits, self.follower = exchange, desk, audits, follower
+    """desks: one by default; desk is the first of them."""
+
+    def __init__(self, exchange: Exchange, desks: list[Desk], follower: Follower, bridge: Bus, registry: CollectorRegistry) -> None:
+        self.exchange, self.desks, self.follower, self.bridge = exchange, desks, follower, bridge
+        self.desk = desks[0]
         self._registry = registry
 
     def counted(self, result: str) -> float:
+        """Of the first desk."""
         return self._registry.get_sample_value("fmzbus_feed_audits_total", {"exchange": "quiet", "result": result}) or 0.0
 
     def last(self, symbol: str) -> int | None:
@@ -142,9 +162,29 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(state: Path, *, per_s: float, **last: int) -> AsyncIterator[Stage]:
-    exchange, metrics = Exchange(), Metrics()
+async def audited(state: Path, venue: Quiet, settings: config.Market, per_s: float, metrics: Metrics) -> AsyncIterator[Desk]:
+    """A desk with a connection of its own, and its audits."""
+    counted = FeedMetrics(metrics.registry)
+    async with (
+        connected(server.url(state, "feeder"), "feeder", closed=lambda: None) as bus,
+        lines.session() as session,
+        http.opened({}, 5.0, metrics) as calls,
+    ):
+        desk = Desk(bus, "quiet", venue, settings, session=session, metrics=counted)
+        made = Audits(bus, desk, venue, calls, per_s=per_s, max_age_s=AGES, timeout_s=5.0, metrics=counted)  # type: ignore[arg-type]
+        async with desk.open(), running(made.run()):
+            yield desk
+
+
+@asynccontextmanager
+async def staged(
+    state: Path, *, per_s: float, kind: Any = Quiet, desks: int = 1, clock: object = None, **last: int
+) -> AsyncIterator[Stage]:
+    """desks: feeders that share the exchange, a shard each. clock: the document of its clock."""
+    exchange, metrics = Exchange(), [Metrics() for _ in range(desks)]
+    exchange.time = clock
     exchange.last.update(last)
+    settings = config.Market(shards=desks, audits_per_s=per_s)
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         await enter(servers.nats(state))
@@ -153,19 +193,13 @@ async def staged(state: Path, *, per_s: float, **last: int) -> AsyncIterator[Sta
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        bus = await enter(connected(server.url(state, "feeder"), "feeder", closed=lambda: None))
-        counted = FeedMetrics(metrics.registry)
-        venue = Quiet(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        desk = Desk(bus, "quiet", venue, config.Market(), session=await enter(lines.session()), metrics=counted)
-        calls = await enter(http.opened({}, 5.0, metrics))
-        audits = Audits(bus, desk, venue, calls, per_s=per_s, max_age_s=AGES, timeout_s=1.0, metrics=counted)  # type: ignore[arg-type]
-        await enter(desk.open())
-        await enter(running(audits.run()))
+        venue = kind(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        several = [await enter(audited(state, venue, settings, per_s, metrics[number])) for number in range(desks)]
         reader = await enter(connected(server.url(state, "bridge"), "bridge", closed=lambda: None))
         follower = await enter(following(reader, AGES))
         for symbol in last:
             await follower.follow(("quiet", "ticker", symbol))
-        yield Stage(exchange, desk, audits, follower, metrics.registry)
+        yield Stage(exchange, several, follower, reader, metrics[0].registry)
 
 
 async def test_a_quiet_market_is_answered_for_as_long_as_audits_prove_it(state: Path) -> None:
@@ -240,3 +274,66 @@ async def test_a_market_that_a_follower_does_not_know_is_asked_for_first(state: 
         await servers.eventually(lambda: stage.last("B_USDT") == 300)
         assert stage.exchange.asked["ticker"] >= 2
         assert stage.exchange.subscribed["NO_SUCH"] == 0
+
+
+@pytest.mark.parametrize("document", [{}, None, {"time": "soon"}], ids=str)
+async def test_a_clock_that_answers_nonsense_is_an_error_and_the_others_are_audited(
+    state: Path, monkeypatch: pytest.MonkeyPatch, document: object
+) -> None:
+    monkeypatch.setattr(audits, "CLOCK_S", 0.5)
+    async with staged(state, per_s=20, kind=Ticking, clock=document, A_USDT=100) as stage:
+        await servers.eventually(lambda: stage.counted("error") >= 2 and stage.counted("equal") >= 1)
+        assert stage.last("A_USDT") == 100
+        assert not stage.desk.lag.calibrated(market.clock())
+        stage.exchange.time = {"time": 1_700_000_000_000}
+        await servers.eventually(lambda: stage.desk.lag.calibrated(market.clock()))
+
+
+async def test_desks_that_share_an_exchange_share_its_budget(state: Path) -> None:
+    symbols = {f"{letter}_USDT": 100 for letter in "ABCDEFGHIJKLMNOP"}
+    async with staged(state, per_s=4, desks=2, **symbols) as stage:
+        first, second = stage.desks
+        await servers.eventually(lambda: first.part_of_exchange == second.part_of_exchange == 0.5, 20)
+        assert first.presence.provable == second.presence.provable == int(4 * 0.5 * config.Market().max_age_s.ticker)
+        await servers.eventually(lambda: min(len(one.sources) for one in stage.desks) > 3)
+        await servers.eventually(lambda: sum(source.known for one in stage.desks for source in one.sources.values()) == len(symbols))
+        began_s, before = time.monotonic(), stage.exchange.asked["ticker"]
+        await servers.eventually(lambda: time.monotonic() - began_s > 4)
+        calls = stage.exchange.asked["ticker"] - before
+        assert 10 <= calls <= 4 * (time.monotonic() - began_s) + 2
+
+
+async def test_a_desk_that_feeds_nothing_of_an_exchange_asks_it_nothing(state: Path) -> None:
+    """It stands by: the one that feeds it all has the whole budget."""
+    async with staged(state, per_s=20, kind=Ticking, clock={"time": 1_700_000_000_000}) as stage:
+        await servers.eventually(lambda: stage.desk.part_of_exchange == 1)
+        await servers.eventually(lambda: stage.exchange.asked["time"] == 1)
+        venue = Ticking(stage.desk.lines._feed._base)  # type: ignore[attr-defined]
+        async with audited(state, venue, config.Market(audits_per_s=20), 20, Metrics()) as standby:
+            with pytest.raises(TimeoutError):
+                await servers.eventually(lambda: stage.exchange.asked["time"] > 1, 2)
+            assert standby.part_of_exchange == 0
+
+
+async def test_what_was_left_while_its_audit_was_on_the_way_is_not_touched(state: Path) -> None:
+    async with staged(state, per_s=5, A_USDT=100) as stage:
+        key = ("quiet", "ticker", "A_USDT")
+        await servers.eventually(lambda: stage.last("A_USDT") == 100)
+        stage.exchange.open.clear()
+        await servers.grows(lambda: stage.exchange.asked["ticker"], 1)
+        (left,) = stage.desk.sources.values()
+        proven_s, counts = left.proven_s, [stage.counted(result) for result in ("equal", "different", "overtaken")]
+        await stage.follower.leave(key)
+        wish = market.encode(market.Wish(follower=stage.bridge.process, whole=True))
+        await stage.bridge.nc.publish(subjects.wish("quiet"), wish)
+        await servers.eventually(lambda: not stage.desk.sources)
+        stage.exchange.last["A_USDT"] = 200
+        await stage.follower.follow(key)
+        await servers.eventually(lambda: stage.last("A_USDT") == 200)
+        asked = stage.exchange.asked["ticker"]
+        stage.exchange.open.set()
+        await servers.eventually(lambda: stage.exchange.asked["ticker"] > asked)  # the audit before it has ended
+        assert (left.strikes, left.proven_s) == (0, proven_s)
+        await servers.eventually(lambda: stage.counted("equal") == counts[0] + 1)  # of the new one
+        assert [stage.counted(result) for result in ("different", "overtaken")] == counts[1:]
+        assert (stage.last("A_USDT"), stage.exchange.subscribed["A_USDT"]) == (200, 2)

@@ -1,6 +1,7 @@
 """workers/desk.py: a feeder's desk between a real exchange's sockets and a real bus, seen by a follower."""
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,13 +14,16 @@ from nats.aio.msg import Msg
 from prometheus_client import CollectorRegistry
 
 from bus import config, market, server, subjects
-from bus.connection import Bus, connected
+from bus.connection import MAX_PENDING, Bus, connected
 from bus.follow import Follower, Key, following
 from bus.metrics import FeedMetrics
 from tests import paper, servers
 from tests.rig import Rig
+from tests.test_lines_many import MANY, OneByOne, feeding
+from tests.tiny import Exchange, served
 from workers import lines
 from workers.desk import Desk
+from workers.updates import Channel
 from workers.venues.paper.client import Paper
 
 pytestmark = pytest.mark.slow
@@ -215,3 +219,65 @@ async def test_a_plain_listener_reads_finished_replies(stage: Stage) -> None:
         message = await asyncio.wait_for(heard.get(), 5)
         assert msgspec.json.decode(message.data).keys() == {"data"}
         assert market.Proof.read((message.headers or {})[market.HEADER]).shard == 0
+
+
+# ---------------------------------------------------------------- a venue and a bus that make trouble
+
+
+class Picky(OneByOne):
+    """It knows its markets by a table."""
+
+    def channel(self, kind: str, symbol: str, period_m: int) -> Channel:
+        return {channel.instrument: channel for channel in MANY}[symbol]
+
+
+async def test_a_symbol_that_a_venue_stumbles_over_is_barred_and_the_others_go_on(state: Path) -> None:
+    async with served(Exchange(hello=1)) as exchange, feeding(state, Picky(exchange.url)) as (desk, one, _):
+        for symbol, known in (("NO_SUCH", True), ("NONE_SUCH", False)):
+            await one.follow(("tiny", "ticker", symbol), known=known)
+            await servers.eventually(lambda symbol=symbol: desk.wishes.barred(("ticker", symbol), market.clock()))  # type: ignore[misc]
+        assert (await fresh(one, ("tiny", "ticker", "M0_USDT")))["last"] == 1
+        assert list(desk.sources) == [MANY[0]]
+        assert exchange.rows("ask") == [(0, ["M0_USDT"])]
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["nothing is told", "telling is held up in the middle"])
+async def test_while_the_bus_takes_no_more_nothing_is_proven_that_was_not_told(state: Path, *, waits: bool) -> None:
+    """nats-server stands still and its socket is full. Each market changes, and then says the same again, which proves the new value."""
+    keys: list[Key] = [("tiny", "ticker", channel.instrument) for channel in MANY[:10]]
+    async with served(Exchange(hello=1)) as exchange, feeding(state, OneByOne(exchange.url)) as (desk, one, nats):
+        bus = desk._bus
+        for key in keys:
+            await fresh(one, key)
+        sources, values = list(desk.sources.values()), [value for values in desk._values.values() for value in values]
+
+        async def say(last: int) -> None:
+            for _, __, symbol in keys:
+                await exchange.tell(symbol, last)
+
+        nats.send(signal.SIGSTOP)
+        try:
+            while bus.nc.pending_data_size < (MAX_PENDING if waits else MAX_PENDING / 2):
+                await bus.nc.publish(subjects.feed("tiny", "ticker", "JUNK"), bytes(50_000))
+                await asyncio.sleep(0)
+            if not waits:
+                bus.nc._max_pending_size = bus.nc.pending_data_size + 1000  # then nats-py itself lets a publisher wait
+            before = {value.pair: (value.n, value.proven_s) for value in values}
+            await say(2)
+            await servers.eventually(lambda: all(source.known and b'"last":2' in source.content("") for source in sources))
+            if not waits:  # the first ones are in nats-py's own buffer, in their order, before any beat that proves them
+                await servers.eventually(lambda: any(value.n != before[value.pair][0] for value in values))
+            untold = [value for value in values if value.n == before[value.pair][0]]
+            assert len(untold) == len(keys) if waits else 0 < len(untold) < len(keys)
+            proven_s = max(source.proven_s for source in sources)
+            async with asyncio.timeout(3):
+                while min(source.proven_s for source in sources) <= proven_s:
+                    await say(2)
+                    await asyncio.sleep(0.05)
+            assert all((value.n, value.proven_s) == before[value.pair] for value in untold)
+            assert (desk._teller.waits, bus.nc.is_connected) == (waits, True)
+        finally:
+            nats.send(signal.SIGCONT)
+        for key in keys:
+            await servers.eventually(lambda key=key: b'"last":2' in (one.find(key) or b""))  # type: ignore[misc]
+        assert bus.nc.stats["reconnects"] == 0

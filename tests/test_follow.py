@@ -10,7 +10,7 @@ import pytest
 
 from bus import market, server, subjects
 from bus.connection import Bus, connected
-from bus.errors import BadRequest
+from bus.errors import BadRequest, Busy
 from bus.follow import WAITING, Follower, Key, following
 from bus.market import Entry
 from tests import feeding, servers
@@ -25,7 +25,9 @@ PAIR = BTC[1:]
 
 
 @asynccontextmanager
-async def follower(state: Path, *, unused_s: float = 60.0, told: list[bytes] | None = None) -> AsyncIterator[tuple[Follower, Bus]]:
+async def follower(
+    state: Path, *, unused_s: float = 60.0, most: int = 2000, told: list[bytes] | None = None
+) -> AsyncIterator[tuple[Follower, Bus]]:
     """A follower with a bridge's rights. told: where its values are noted."""
 
     def note(entry: Entry) -> None:
@@ -34,7 +36,7 @@ async def follower(state: Path, *, unused_s: float = 60.0, told: list[bytes] | N
 
     async with (
         connected(server.url(state, "bridge"), "bridge", closed=lambda: None) as bus,
-        following(bus, AGES, unused_s=unused_s, told=note) as one,
+        following(bus, AGES, unused_s=unused_s, most=most, told=note) as one,
     ):
         await bus.nc.flush()
         yield one, bus
@@ -74,6 +76,7 @@ async def test_what_is_followed_is_wished_told_and_proven(state: Path) -> None:
 async def test_a_beat_that_answers_no_tick_proves_nothing(state: Path) -> None:
     async with both(state) as (feeder, one, _):
         entry = await one.follow(BTC)
+        await one._bus.flush()
         feeder.echoes = False
         await feeder.value(*PAIR, ticker("100"))
         await feeder.beat(whole=True)
@@ -88,6 +91,7 @@ async def test_a_beat_that_answers_no_tick_proves_nothing(state: Path) -> None:
 async def test_a_feeder_that_falls_silent_proves_nothing_after_a_while(state: Path) -> None:
     async with both(state) as (feeder, one, _):
         await one.follow(BTC)
+        await one._bus.flush()
         await feeder.value(*PAIR, ticker("100"))
         await feeder.beat(whole=True)
         began = time.monotonic()
@@ -101,6 +105,7 @@ async def test_a_withdrawal_ends_an_answer_at_once(state: Path) -> None:
     async with servers.nats(state), feeding.feeder(state) as feeder, follower(state, told=told) as (one, bus):
         await eventually(lambda: bus.process in feeder.heard)
         await one.follow(BTC)
+        await bus.flush()  # else the value may come before the subscription is there
         async with feeding.alive(feeder):
             await feeder.value(*PAIR, ticker("100"))
             await is_answered(one, BTC, ticker("100"))
@@ -117,6 +122,65 @@ async def test_what_is_no_kind_is_not_followed(state: Path) -> None:
             with pytest.raises(BadRequest):
                 await one.follow(key)
         assert one.entries == {}
+
+
+# ---------------------------------------------------------------- what there is room for
+
+
+def key(number: int, exchange: str = "paper") -> Key:
+    return exchange, "ticker", f"M{number}_USDT"
+
+
+async def test_no_more_is_followed_of_an_exchange_than_allowed(state: Path) -> None:
+    async with servers.nats(state), follower(state, most=3) as (one, _):
+        for number in range(3):
+            await one.follow(key(number))
+        with pytest.raises(Busy, match="3 symbols of paper are followed already"):
+            await one.follow(key(3))
+        assert await one.follow(key(0)) is one.entries[key(0)], "what is followed goes on"
+        assert (await one.follow(key(3, "okx"))).exchange == "okx", "each exchange has a limit of its own"
+        await one.leave(key(0))
+        await one.follow(key(3))
+        assert list(one.entries) == [key(1), key(2), key(3, "okx"), key(3)]
+
+
+async def test_doubtful_markets_take_no_more_than_a_quarter_of_the_room(state: Path) -> None:
+    async with servers.nats(state), follower(state, most=8) as (one, _):
+        for number in range(2):
+            await one.follow(key(number), known=False)
+        with pytest.raises(Busy, match="2 symbols of paper"):
+            await one.follow(key(2), known=False)
+        await one.follow(key(0))  # somebody has answered for it
+        await one.follow(key(2), known=False)
+        for number in range(3, 8):
+            await one.follow(key(number))
+        for known in (True, False):
+            with pytest.raises(Busy):
+                await one.follow(key(8), known=known)
+        assert [entry.known for entry in one.entries.values()] == [True, False, False, *[True] * 5]
+
+
+async def test_a_doubtful_market_is_wished_as_a_known_one_as_soon_as_it_is_known(state: Path) -> None:
+    async with both(state) as (feeder, one, bus):
+        await one.follow(BTC, known=False)
+        await eventually(lambda: feeder.wished == {bus.process: set()})  # it was said, and names nothing that is known
+        await one.follow(BTC)
+        await feeder.wish(*PAIR, within_s=market.WISHES_S / 5)
+        assert one.entries[BTC].known
+
+
+async def test_a_key_is_left_as_often_as_somebody_likes(state: Path) -> None:
+    async with both(state) as (feeder, one, bus):
+        await one.leave(BTC)
+        await one.follow(BTC)
+        await asyncio.gather(one.leave(BTC), one.leave(BTC))
+        await one.leave(BTC)
+        assert one.entries == {}
+        async with feeding.alive(feeder):
+            await one.follow(BTC)
+            await bus.flush()
+            await feeder.value(*PAIR, ticker("100"))
+            await is_answered(one, BTC, ticker("100"))
 
 
 # ---------------------------------------------------------------- those who come late
@@ -154,6 +218,7 @@ async def test_an_old_snapshot_is_no_answer(state: Path) -> None:
 async def test_a_value_that_got_lost_is_not_answered_and_asked_for_again(state: Path) -> None:
     async with both(state) as (feeder, one, _):
         await one.follow(BTC)
+        await one._bus.flush()
         async with feeding.alive(feeder):
             await feeder.value(*PAIR, ticker("100"))
             await is_answered(one, BTC, ticker("100"))
@@ -177,10 +242,35 @@ async def test_a_first_value_that_got_lost_is_asked_for_again(state: Path) -> No
             await is_answered(one, BTC, ticker("100"))
 
 
+@pytest.mark.parametrize("epochs", [1, -1])
+async def test_a_value_of_another_feeders_epoch_is_asked_for_again(state: Path, epochs: int) -> None:
+    """However it is numbered: the newer one has told less so far. A lower epoch is one of after the bus's clock was set back."""
+    async with servers.nats(state), feeding.feeder(state, epoch=7) as feeder, follower(state) as (one, bus):
+        await eventually(lambda: bus.process in feeder.heard)
+        entry = await one.follow(BTC)
+        await bus.flush()
+        for last in ("98", "99", "100"):
+            await feeder.value(*PAIR, ticker(last))
+        await feeder.beat(whole=True)
+        await is_answered(one, BTC, ticker("100"))
+        feeder.replaced()
+        feeder.epoch = 7 + epochs
+        assert entry.shard is not None
+        entry.shard.heard_s -= market.SILENT_S  # so long ago, by the follower's clock
+        await feeder.ticked()
+        n = await feeder.value(*PAIR, ticker("101"), lost=True)
+        async with feeding.alive(feeder):
+            await eventually(lambda: PAIR in feeder.lost, 3)
+            assert one.find(BTC) is None
+            await feeder.again(*PAIR, ticker("101"), n)
+            await is_answered(one, BTC, ticker("101"))
+
+
 async def test_a_full_subscription_never_answers_what_is_not_the_newest(state: Path) -> None:
     """nats-py drops the newest values; the beat tells of them."""
     async with both(state) as (feeder, one, _):
         entry = await one.follow(BTC)
+        await one._bus.flush()
         await feeder.value(*PAIR, ticker("1"))
         await feeder.beat(whole=True)
         await is_answered(one, BTC, ticker("1"))
@@ -202,6 +292,7 @@ async def test_a_full_subscription_never_answers_what_is_not_the_newest(state: P
 async def test_a_missed_beat_ends_answers_until_a_whole_one(state: Path) -> None:
     async with both(state) as (feeder, one, _):
         entry = await one.follow(BTC)
+        await one._bus.flush()
         await feeder.value(*PAIR, ticker("100"))
         await feeder.beat(whole=True)
         await is_answered(one, BTC, ticker("100"))
@@ -267,6 +358,7 @@ async def test_answers_end_with_the_bus_and_come_back_with_it(state: Path) -> No
     async with servers.nats(state) as first, feeding.feeder(state) as feeder, follower(state) as (one, bus):
         await eventually(lambda: bus.process in feeder.heard)
         await one.follow(BTC)
+        await one._bus.flush()
         async with feeding.alive(feeder):
             await feeder.value(*PAIR, ticker("100"))
             await is_answered(one, BTC, ticker("100"))
@@ -283,6 +375,7 @@ async def test_a_follower_that_stood_still_answers_nothing_old(state: Path) -> N
     """Its buffers are full of beats; none of them answers a tick of after the pause."""
     async with both(state) as (feeder, one, bus):
         await one.follow(BTC)
+        await one._bus.flush()
         await feeder.value(*PAIR, ticker("100"))
         await feeder.beat(whole=True)
         await is_answered(one, BTC, ticker("100"))

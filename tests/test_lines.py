@@ -14,12 +14,15 @@ import aiohttp
 import pytest
 import uvloop
 
+from bus import market
 from tests import paper
 from tests.servers import eventually
 from tests.tiny import BOOK, A, B, C, Exchange, Heard, Tiny, elsewhere, reading, served, tiny, within
 from workers import lines
 from workers.updates import BookSnapshot, Channel, Quote, Refused, Tape, Update
 from workers.venues.paper import feed as paper_feed
+
+pytestmark = pytest.mark.slow
 
 # Following
 
@@ -257,6 +260,8 @@ async def test_a_dated_frame_is_proven_by_its_date_and_lateness_shows() -> None:
     async with served(Exchange()) as exchange, reading(Tiny(exchange.url)) as heard:
         heard.lines.follow(A)
         await eventually(lambda: "A" in exchange.where)
+        now_s = market.clock()
+        heard.lines._lag.calibrate(int(time.time() * 1000), now_s, now_s)
         for n, late_s in enumerate((0.0, 2.0, 0.0), 1):
             await exchange.tell("A", n, at=int((time.time() - late_s) * 1000))
         await eventually(lambda: len(heard.updates) == 3)
@@ -264,6 +269,17 @@ async def test_a_dated_frame_is_proven_by_its_date_and_lateness_shows() -> None:
         assert moments[1] - moments[0] == pytest.approx(-2.0, abs=0.05)
         assert moments[2] - moments[0] == pytest.approx(0.0, abs=0.05)
         assert heard.registry.get_sample_value("fmzbus_feed_lag_seconds_sum", {"exchange": "tiny"}) == pytest.approx(2.0, abs=0.05)
+
+
+async def test_as_long_as_the_exchanges_clock_is_not_known_a_date_proves_nothing() -> None:
+    async with served(Exchange()) as exchange, reading(Tiny(exchange.url)) as heard:
+        heard.lines.follow(A)
+        await eventually(lambda: "A" in exchange.where)
+        before_s = market.clock()
+        await exchange.tell("A", 1, at=int((time.time() + 100) * 1000))
+        await eventually(lambda: heard.updates)
+        ((_, proven_s),) = heard.updates
+        assert proven_s <= before_s  # by the newest ping that was answered before it
 
 
 async def test_others_have_their_turn_while_frames_come_faster_than_they_are_read() -> None:

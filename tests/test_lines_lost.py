@@ -20,6 +20,8 @@ from tests.tiny import A, B, C, Exchange, Tiny, reading, served, tiny, within
 from workers import lines
 from workers.updates import Update
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("end", ["close", "abort", "garbage"])
 async def test_a_connection_that_ends_is_told_at_once_and_opened_anew(end: str) -> None:

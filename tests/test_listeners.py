@@ -67,7 +67,7 @@ def page(content: bytes, status: bytes = b"200 OK") -> bytes:
         ("feed.paper.ticker.BTC=5FUSDT", None),  # values of BTC_USDT are never told there
         ("feed.paper.ticker.BTC=2", None),
         ("feed.paper.ticker.=FF", None),
-        ("feed.paper.ticker.=2A", None),
+        ("feed.paper.ticker.=2A", ("paper", "ticker", "*")),  # a symbol like any other
         ("feed.paper.ticker." + "X" * 201, None),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bus import market, subjects
 from bus.errors import BadRequest
-from bus.market import BEAT_OLD_S, NEVER, WITHDRAWN, Beat, Entry, Listed, Proof, Shard, fresh
+from bus.market import BEAT_OLD_S, NEVER, SILENT_S, WITHDRAWN, Beat, Entry, Listed, Proof, Shard, fresh
 
 NOW_S = 1000.0
 MAX_AGE_S = 5.0
@@ -137,6 +137,28 @@ def test_the_feeder_of_the_higher_epoch_is_believed() -> None:
     assert (shard.epoch, shard.listed) == (2, {})
 
 
+def test_a_lower_epoch_counts_once_the_higher_one_was_silent_for_long() -> None:
+    """The clock of the bus was set back, and whoever had the higher epoch has gone: nobody else would be believed for hours."""
+    shard = heard(beat(1, epoch=7, whole=True), beat(2, epoch=7, A=2))
+    last_s = 2.0
+    for number, asked_s in ((8, last_s + 1), (9, last_s + SILENT_S), (10, None)):  # None: which answers no tick, and shows no time
+        assert not shard.hear(beat(number, epoch=3, feeder="g", whole=True, A=1), asked_s)
+    assert (shard.epoch, shard.feeder, shard.number, shard.listed["ticker.A"].n) == (7, "f", 2, 2)
+    assert shard.hear(beat(1, epoch=3, feeder="g", whole=True, A=1), last_s + SILENT_S + 0.25)
+    assert (shard.epoch, shard.feeder, shard.number, shard.complete, shard.listed) == (3, "g", 1, True, {"ticker.A": Listed(1, 12.15)})
+    assert not shard.hear(beat(1, epoch=2, feeder="h", whole=True), last_s + SILENT_S + 1), "the lower one is the one that is heard now"
+    assert shard.hear(beat(3, epoch=7), last_s + SILENT_S + 1), "and a higher one is believed at once, as ever"
+    assert (shard.epoch, shard.complete) == (7, False)
+
+
+def test_a_higher_epoch_that_is_heard_and_answers_no_tick_is_silent_all_the_same() -> None:
+    shard = heard(beat(1, epoch=7, whole=True))
+    for number in range(2, 9):
+        assert shard.hear(beat(number, epoch=7), None)
+    assert shard.hear(beat(1, epoch=3, feeder="g", whole=True), 1.0 + SILENT_S + 0.001)
+    assert (shard.epoch, shard.feeder) == (3, "g")
+
+
 def test_of_two_feeders_with_one_epoch_one_is_believed() -> None:
     shard = heard(beat(1, feeder="f", whole=True, A=1))
     assert not shard.hear(beat(9, feeder="e", whole=True, A=9), 2.0)
@@ -248,7 +270,13 @@ def test_a_kind_has_a_name_and_candles_a_period(kind: str, meant: tuple[str, int
 
 
 @pytest.mark.parametrize(
-    "kind", ["", "tickers", "ticker-5", "candles-", "candles-0", "candles-x", "candles-43201", "candles-1-2", "candles-²"]
+    "kind",
+    [
+        "",
+        "tickers",
+        "ticker-5",
+        *(f"candles-{period}" for period in ("", "0", "x", "43201", "1-2", "²", "015", "٣", "1٥", "5\n", "9" * 5000)),
+    ],
 )
 def test_what_is_no_kind_is_refused(kind: str) -> None:
     with pytest.raises(BadRequest, match="kind: expected one of"):

@@ -12,7 +12,7 @@ import pytest
 from nats.aio.msg import Msg
 
 from bridge import fmz
-from bridge.resolve import SURE_S, Resolver, resolving
+from bridge.resolve import KNOWN_S, SURE_S, Resolver, resolving
 from bridge.routes import Route
 from bus import market, server, subjects
 from bus.connection import Bus, connected
@@ -229,6 +229,27 @@ async def test_a_bridge_that_stood_still_or_was_cut_off_knows_nothing(state: Pat
         await resolver.hear_tick(Msg(_client=bus.nc, data=b"noise"))
         await resolver.hear_tick(Msg(_client=bus.nc, data=market.tick(now_s)))
         assert resolver.resolve(PAPER, call(), "BTC_USDT") == "BTC_USDT.swap"
+
+
+async def test_what_was_learned_is_relied_on_for_a_while_only(state: Path) -> None:
+    """However often it is used: a worker that was killed over a change may have told nobody."""
+    now_s = 100.0
+    async with servers.nats(state), connected(server.url(state, "bridge"), "bridge", closed=lambda: None) as bus:
+        resolver = Resolver(bus, VENUES, clock=lambda: now_s)
+
+        async def meant_at(at_s: float) -> str | None:
+            nonlocal now_s
+            now_s = at_s
+            await resolver.hear_tick(Msg(_client=bus.nc, data=market.tick(now_s)))  # it is in touch all the time
+            return resolver.resolve(PAPER, call(), "BTC_USDT")
+
+        resolver.learn(PAPER, call(), Robot(KEY, "swap"), resolver.asked())
+        for age_s in (0.0, 1.0, KNOWN_S / 2, KNOWN_S - 0.01):
+            assert await meant_at(100 + age_s) == "BTC_USDT.swap"
+        assert await meant_at(100 + KNOWN_S) is None
+        resolver.learn(PAPER, call(), Robot(KEY, "swap"), resolver.asked())
+        assert await meant_at(100 + 2 * KNOWN_S - 0.01) == "BTC_USDT.swap"
+        assert await meant_at(100 + 2 * KNOWN_S) is None
 
 
 async def test_what_is_remembered_is_bounded_and_what_was_used_last_stays(state: Path) -> None:

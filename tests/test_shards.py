@@ -2,7 +2,7 @@
 
 from bus.market import BEAT_OLD_S, Beat
 from tests.paper import Clock
-from workers.shards import CALM_S, LISTEN_S, SPREAD_S, Shards
+from workers.shards import CALM_S, LISTEN_S, SPREAD, SPREAD_S, Shards
 
 NOW_MS = 1_795_168_693_000
 
@@ -21,7 +21,7 @@ def test_a_feeder_that_is_alone_takes_every_shard_once_it_has_listened(clock: Cl
     clock.now_s += LISTEN_S + SPREAD_S
     assert alone.claims() == [0, 1, 2]
     assert alone.claims() == []
-    assert all(NOW_MS * 1000 <= epoch < (NOW_MS + 1) * 1000 for epoch in alone.epochs.values())
+    assert all(NOW_MS * SPREAD <= epoch < (NOW_MS + 1) * SPREAD for epoch in alone.epochs.values())
 
 
 def test_a_shard_that_is_fed_is_left_alone_until_its_feeder_falls_silent(clock: Clock) -> None:
@@ -38,10 +38,10 @@ def test_a_shard_that_is_fed_is_left_alone_until_its_feeder_falls_silent(clock: 
 
 def test_a_claim_has_an_epoch_above_any_that_was_heard(clock: Clock) -> None:
     second = shards(clock)
-    second.hear(0, beat("feeder-a", NOW_MS * 10_000))
+    second.hear(0, beat("feeder-a", NOW_MS * 10 * SPREAD))
     clock.now_s += BEAT_OLD_S + SPREAD_S
     assert second.claims() == [0]
-    assert second.epochs == {0: NOW_MS * 10_000 + 1}
+    assert second.epochs == {0: NOW_MS * 10 * SPREAD + 1}
 
 
 def test_a_shard_whose_feeder_leaves_is_taken_at_once(clock: Clock) -> None:
@@ -77,7 +77,7 @@ def test_of_two_with_one_epoch_exactly_one_goes_on(clock: Clock) -> None:
 
 def test_its_own_beats_and_shards_that_it_does_not_know_mean_nothing(clock: Clock) -> None:
     one = shards(clock)
-    assert not one.hear(0, beat("feeder-b", NOW_MS * 10_000))
+    assert not one.hear(0, beat("feeder-b", NOW_MS * 10 * SPREAD))
     assert not one.hear(5, beat("feeder-a", 7))
     clock.now_s += LISTEN_S + SPREAD_S
     assert one.claims() == [0]

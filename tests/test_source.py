@@ -154,7 +154,8 @@ def test_a_bar_replaces_that_of_its_time_and_old_ones_go() -> None:
 def test_an_audit_compares_what_both_sides_have() -> None:
     one = source("depth")
     one.take(snapshot(rows((99, 3), (98, 2)), rows((101, 4), (102, 5))), 7.0)
-    assert one.agrees(Depth(time_ms=1, asks=rows((101, 4), (102, 5), (103, 1)), bids=rows((99, 3))))
+    assert one.agrees(Depth(time_ms=1, asks=rows((101, 4), (102, 5), (103, 1)), bids=rows((99, 3), (98, 2))))
+    assert not one.agrees(Depth(time_ms=1, asks=rows((101, 4), (102, 5)), bids=rows((99, 3))))  # so few prove nothing of the rest
     assert not one.agrees(Depth(time_ms=1, asks=rows((101, 4), (102, 6)), bids=rows((99, 3))))
     assert not one.agrees(Depth(time_ms=1, asks=[], bids=rows((99, 3))))
     quote = source("ticker")

@@ -8,11 +8,11 @@ market that a plain listener asks for exists.
 
 import asyncio
 import logging
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+from bus import market
 from bus.connection import Bus
 from bus.errors import BadRequest, BusError, RateLimited, VenueRejected, VenueUnavailable
 from bus.messages import Market
@@ -21,7 +21,6 @@ from bus.seal import Credentials
 from workers.desk import Desk
 from workers.http import Call, Http
 from workers.source import Source
-from workers.updates import Channel
 from workers.venues import Venue
 from workers.wishes import Pair
 
@@ -34,6 +33,8 @@ CLOCK_S, LATE_CLOCK_S = 30.0, 3.0
 LATE_S = 1.0
 BANNED_S = 30.0
 """No audit for so long after the exchange said that there were too many calls."""
+IDLE_S = 0.2
+"""How often it is seen whether there is something to spend the budget on."""
 AUDITED = ("ticker", "depth")
 STRIKES = 2
 MOST_QUESTIONS = 1000
@@ -53,7 +54,7 @@ class Audits:
         max_age_s: Mapping[str, float],
         timeout_s: float,
         metrics: FeedMetrics,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = market.clock,
     ) -> None:
         self._bus = bus
         self._desk = desk
@@ -64,7 +65,6 @@ class Audits:
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._clock = clock
-        self._strikes: dict[Channel, int] = {}
         self._questions: deque[Pair] = deque(maxlen=MOST_QUESTIONS)
         self._clock_s = float("-inf")
         self._turn = False
@@ -72,12 +72,13 @@ class Audits:
 
     async def run(self) -> None:
         """Spend the budget until cancelled."""
-        while self._per_s:
+        while True:
             began_s = self._clock()
-            wait_s = 1 / self._per_s
+            per_s = self._per_s * self._desk.part_of_exchange  # feeders that share an exchange share its budget
+            wait_s = 1 / per_s if per_s else IDLE_S
             try:
-                if not await self._spend():
-                    wait_s = min(wait_s, 0.2)  # nothing to spend it on
+                if not (per_s and await self._spend()):
+                    wait_s = min(wait_s, IDLE_S)
             except RateLimited as e:
                 log.warning("no audits for a while", extra={"fields": {"exchange": self._desk.exchange, "why": str(e)}})
                 self._count("limited")
@@ -95,7 +96,7 @@ class Audits:
         asks_time = getattr(self._venue, "time_ms", None)
         if asks_time is not None and self._clock() - self._clock_s >= (LATE_CLOCK_S if self._desk.lag.late_s > LATE_S else CLOCK_S):
             sent_s = self._clock_s = self._clock()
-            self._desk.lag.calibrate(await asks_time(self._call()), sent_s, self._clock())
+            self._desk.lag.calibrate(await self._answer(asks_time(self._call())), sent_s, self._clock())
             return True
         quiet = self._quietest()
         self._turn = not self._turn
@@ -120,8 +121,10 @@ class Audits:
     async def _audit(self, source: Source) -> None:
         channel, changes, sent_s = source.channel, source.changes, self._clock()
         answer = await self._ask_exchange(channel.kind, self._desk.spelling(channel))
+        if self._desk.sources.get(channel) is not source:
+            return  # left meanwhile
         if source.agrees(answer):
-            self._strikes.pop(channel, None)
+            source.strikes = 0
             source.proven_s = max(source.proven_s, sent_s)
             self._desk.prove(source)
             self._count("equal")
@@ -129,9 +132,9 @@ class Audits:
             self._count("overtaken")
         else:
             self._count("different")
-            self._strikes[channel] = self._strikes.get(channel, 0) + 1
-            if self._strikes[channel] >= STRIKES:
-                del self._strikes[channel]
+            source.strikes += 1
+            if source.strikes >= STRIKES:
+                source.strikes = 0
                 self._desk.distrust(channel, "the exchange answers something else by REST", again=True)
 
     async def _find(self, pair: Pair) -> None:
@@ -145,9 +148,13 @@ class Audits:
             self._desk.wishes.found(pair, self._clock())
 
     async def _ask_exchange(self, method: str, symbol: str) -> Any:
+        return await self._answer(getattr(self._venue, method)(self._call(), Market(symbol)))
+
+    async def _answer(self, asking: Awaitable[Any]) -> Any:
+        """Raises BusError for whatever a venue makes of an answer that it cannot read."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await getattr(self._venue, method)(self._call(), Market(symbol))
+                return await asking
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, TimeoutError) as e:
             raise VenueUnavailable("an answer that makes no sense, or none") from e
 

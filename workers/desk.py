@@ -7,7 +7,6 @@ nothing is proven that was not told.
 import asyncio
 import contextlib
 import logging
-import time
 import zlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -38,9 +37,11 @@ LOOK_S, CLAIM_S = 0.5, 0.1
 """How often wishes are swept, and shards looked at that nobody feeds."""
 LISTENERS = "listeners"
 """The follower that plain NATS and MQTT clients are together."""
-FIRST_S = 3.0
-"""A subscription that brought nothing within this is made anew."""
+FIRST_S, FIRST_MOST_S = 3.0, 60.0
+"""A subscription that brought nothing within this is made anew; twice as long each time."""
 REFUSALS = 3
+SLICE_S = 0.01
+"""After so long of telling all others have a turn."""
 FULL_S = 0.01
 """How often a bus that takes no more is looked at."""
 
@@ -57,7 +58,7 @@ class Desk:
         *,
         session: Session,
         metrics: FeedMetrics,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = market.clock,
     ) -> None:
         self.exchange = exchange
         self.wishes = Wishes(settings.max_symbols)
@@ -76,6 +77,7 @@ class Desk:
         """Finds out whether markets exist, and tells wishes.found(): workers/audits.py."""
         self._dirty: dict[Source, None] = {}
         self._work = asyncio.Event()
+        self._looks = asyncio.Event()
         self.lines = Lines(
             exchange,
             feed,
@@ -133,7 +135,6 @@ class Desk:
             log.warning("withdrawn", extra={"fields": {"exchange": self.exchange, "kind": channel.kind, "why": why}})
             self._metrics.withdrawn.labels(self.exchange).inc()
             self._tell_soon(source)
-        source.asked_s = self._clock()
         if empty:
             source.blank()
         else:
@@ -150,30 +151,48 @@ class Desk:
     # ---------------------------------------------------------------- what the bus says
 
     async def hear_wish(self, message: Msg) -> None:
-        with contextlib.suppress(*UNREADABLE):
+        try:
             wish = market.decode_wish(message.data)
-            self.ask(self.wishes.unknown(wish.unproven, self._clock()))
-            self._metrics.refused.labels(self.exchange).inc(self.wishes.hear(wish, self._clock()))
-            for pair in wish.lost:
-                if pair in self._channels and (source := self.sources.get(self._channels[pair])) is not None:
-                    self._tell_soon(source)
-            if not wish.whole:
-                self._look()
+        except UNREADABLE:
+            return  # a stranger's noise
+        self._doubt(wish.unproven)
+        self._metrics.refused.labels(self.exchange).inc(self.wishes.hear(wish, self._clock()))
+        for pair in wish.lost:
+            if pair in self._channels and (source := self.sources.get(self._channels[pair])) is not None:
+                self._tell_soon(source)
+        if not wish.whole:
+            self._looks.set()
 
     async def hear_beat(self, message: Msg) -> None:
-        with contextlib.suppress(*UNREADABLE):
-            shard = int(message.subject.rpartition(".")[2])
-            if self._shards.hear(shard, market.decode_beat(message.data)):
-                log.warning("another feeder took a shard over", extra={"fields": {"exchange": self.exchange, "shard": shard}})
-                self._look()
+        try:
+            shard, beat = int(message.subject.rpartition(".")[2]), market.decode_beat(message.data)
+        except UNREADABLE:
+            return
+        if self._shards.hear(shard, beat):
+            log.warning("another feeder took a shard over", extra={"fields": {"exchange": self.exchange, "shard": shard}})
+            self._look()
 
     def listened(self, pairs: set[Pair]) -> None:
         """Take what plain listeners listen to now."""
         now_s = self._clock()
-        self.ask(self.wishes.unknown(pairs, now_s))
+        self._doubt(pairs)
         self.wishes.hear(Wish(follower=LISTENERS, unproven=list(pairs), whole=True), now_s)
 
+    def _doubt(self, pairs: Iterable[Pair]) -> None:
+        """Have it found out whether markets of ours exist."""
+        now_s = self._clock()
+        unknown = ((pair, self._channel(pair, now_s)) for pair in self.wishes.unknown(pairs, now_s))
+        self.ask([pair for pair, channel in unknown if channel is not None and self._shard(channel) in self._teller.parts])
+
     # ---------------------------------------------------------------- what is fed
+
+    @property
+    def part_of_exchange(self) -> float:
+        """How much of it is fed here, 0 to 1."""
+        return len(self._teller.parts) / self._settings.shards
+
+    def _shard(self, channel: Channel) -> int:
+        return zlib.crc32(channel.instrument.encode()) % self._settings.shards
 
     def spelling(self, channel: Channel) -> str:
         """A symbol by which hosts know what a source is of."""
@@ -186,8 +205,10 @@ class Desk:
             for value in list(parts[shard].values.values()):
                 self._leave(value)
             del parts[shard]
-        for shard in epochs.keys() - parts.keys():
-            self._teller.begin(shard, epochs[shard])
+        if begun := epochs.keys() - parts.keys():
+            for shard in begun:
+                self._teller.begin(shard, epochs[shard])
+            self._doubt(self.wishes.doubtful)
         now_s = self._clock()
         wanted = self.wishes.wanted(now_s)
         for part in parts.values():
@@ -196,10 +217,11 @@ class Desk:
         self._channels = {pair: channel for pair, channel in self._channels.items() if pair in wanted}
         for pair in wanted:
             if (channel := self._channels.get(pair) or self._channel(pair, now_s)) is not None:
-                part = parts.get(zlib.crc32(channel.instrument.encode()) % self._settings.shards)  # type: ignore[assignment]
-                if part is not None and pair not in part.values:
-                    part.values[pair] = Value(pair, part)
-                    self._follow(channel, part.values[pair])
+                self._channels[pair] = channel
+                ours = parts.get(self._shard(channel))
+                if ours is not None and pair not in ours.values:
+                    ours.values[pair] = Value(pair, ours)
+                    self._follow(channel, ours.values[pair])
 
     def _channel(self, pair: Pair, now_s: float) -> Channel | None:
         """What feeds a pair; None, and the wish ends, where nothing can."""
@@ -207,9 +229,9 @@ class Desk:
             kind, period_m = market.base(pair[0])
             if kind not in self._feed.feeds:
                 raise BadRequest(f"{self.exchange} feeds no {kind}")
-            channel = self._channels[pair] = self._feed.channel(kind, pair[1], period_m)
-        except BadRequest as e:
-            log.warning("cannot be fed", extra={"fields": {"exchange": self.exchange, "why": str(e)}})
+            channel = self._feed.channel(kind, pair[1], period_m)
+        except (BadRequest, LookupError, TypeError, ValueError, ArithmeticError) as e:  # what a venue makes of a symbol that a host chose
+            log.warning("cannot be fed", extra={"fields": {"exchange": self.exchange, "why": f"{type(e).__name__}: {e}"}})
             self.wishes.bar(pair, now_s)
             return None
         return channel
@@ -217,7 +239,7 @@ class Desk:
     def _follow(self, channel: Channel, value: Value) -> None:
         self._values[channel].append(value)
         if channel not in self.sources:
-            self.sources[channel] = Source(channel, self._settings.depth_levels, self._feed.checksum, self._clock())
+            self.sources[channel] = Source(channel, self._settings.depth_levels, self._feed.checksum)
             self.lines.follow(channel)
         else:  # for another spelling
             self._tell_soon(self.sources[channel])
@@ -250,15 +272,26 @@ class Desk:
             if self._teller.waits:
                 await asyncio.sleep(FULL_S)  # nats-py has nothing that one could wait for
                 continue
-            self._work.clear()
-            dirty, self._dirty = self._dirty, {}
-            for source in dirty:
-                for value in list(self._values.get(source.channel, ())):
-                    if source.known:
-                        await self._teller.tell(value, source.content(value.pair[1]), source.proven_s)
-                    elif value.n:  # else there is nothing to withdraw
-                        await self._teller.tell(value, None, market.NEVER)
-                    self._metrics.values.labels(self.exchange, source.channel.kind).inc()
+            rest_s = self._clock() + SLICE_S
+            while self._dirty and not self._teller.waits and self._clock() < rest_s:
+                source = next(iter(self._dirty))
+                changes = source.changes
+                await self._tell(source)
+                if source.changes == changes:  # until here nothing that was told before counts as proven
+                    self._dirty.pop(source, None)
+            if not self._dirty:
+                self._work.clear()
+            await asyncio.sleep(0)
+
+    async def _tell(self, source: Source) -> None:
+        for value in list(self._values.get(source.channel, ())):
+            if source.known:
+                await self._teller.tell(value, source.content(value.pair[1]), source.proven_s)
+            elif value.n:  # else there is nothing to withdraw
+                await self._teller.tell(value, None, market.NEVER)
+            else:
+                continue
+            self._metrics.values.labels(self.exchange, source.channel.kind).inc()
 
     async def _keep_claiming(self) -> None:
         while True:
@@ -270,12 +303,15 @@ class Desk:
     async def _keep_looking(self) -> None:
         while True:
             self._look()
-            now_s = self._clock()
             for source in self.sources.values():
-                if not source.known and now_s - source.asked_s > FIRST_S:
-                    source.asked_s = now_s
+                waits_s = min(FIRST_MOST_S, FIRST_S * 2**source.silences)
+                if not (source.known or source.empty) and self.lines.silent_s(source.channel) > waits_s:
+                    source.silences += 1
                     self.lines.again(source.channel, "nothing came")
-            await asyncio.sleep(LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._looks.wait()
+            self._looks.clear()
 
     @property
     def presence(self) -> fleet.Feed:
@@ -287,7 +323,7 @@ class Desk:
             symbols=sum(value.n > 0 for value in values),
             waiting=sum(value.n == 0 for value in values),
             refused=self.wishes.refused(self._clock()),
-            provable=int(self._settings.audits_per_s * min(ages.ticker, ages.depth)),
+            provable=int(self._settings.audits_per_s * self.part_of_exchange * min(ages.ticker, ages.depth)),
         )
 
     @asynccontextmanager

@@ -65,17 +65,18 @@ async def make_stream(js: JetStreamContext, wanted: StreamConfig) -> None:
 
 async def keep_listening(monitors: Sequence[str], desks: Sequence[Desk]) -> None:
     """Feed what plain NATS and MQTT clients listen to, by the servers' own lists."""
-    silent: set[str] = set()
+    heard: dict[str, tuple[float, set[Key]]] = {}
     while monitors:
-        pairs: set[Key] = set()
         for monitor in monitors:
             try:
-                pairs |= await listeners.listened([monitor])
-                silent.discard(monitor)
-            except OSError as e:
-                if monitor not in silent:
-                    log.warning("who listens is not known", extra={"fields": {"error": str(e)}})
-                silent.add(monitor)
+                heard[monitor] = market.clock(), await listeners.listened([monitor])
+            except OSError as e:  # it may only be busy: what it said last counts for a while
+                since_s, _ = heard.get(monitor, (market.NEVER, set()))
+                if market.clock() - since_s > market.WISHES_GONE_S:
+                    if monitor not in heard or heard[monitor][1]:
+                        log.warning("who listens is not known", extra={"fields": {"error": str(e)}})
+                    heard[monitor] = since_s, set()
+        pairs = {key for _, keys in heard.values() for key in keys}
         for desk in desks:
             desk.listened({(kind, symbol) for exchange, kind, symbol in pairs if exchange == desk.exchange})
         await asyncio.sleep(LISTENERS_S)
@@ -107,7 +108,8 @@ async def serve(config: Config, args: ProcessArgs, venues: dict[str, Venue], sto
                     metrics=counted,
                 )
             )
-        ready = lambda: bus.ready and not stopping.is_set  # noqa: E731
+        feeding = False
+        ready = lambda: bus.ready and feeding and not stopping.is_set  # noqa: E731
         where = await enter(admin(metrics, ready, port=args.admin_port))
         metrics.connected.set_function(lambda: bus.nc.is_connected)
         await enter(
@@ -123,6 +125,7 @@ async def serve(config: Config, args: ProcessArgs, venues: dict[str, Venue], sto
             )
         )
         await bus.flush()
+        feeding = True
         log.info("ready", extra={"fields": {"exchanges": sorted(venues), "admin": where}})
         notify(READY="1", STATUS=", ".join(sorted(venues)), FMZBUS_ADMIN=where)
         await stopping.wait()
@@ -132,7 +135,10 @@ async def serve(config: Config, args: ProcessArgs, venues: dict[str, Venue], sto
 def feeds(config: Config) -> dict[str, Venue]:
     """The exchanges to feed: those named that offer a socket, or all that do. Raises ConfigError."""
     named = msgspec.structs.replace(config.workers, exchanges=config.market.exchanges)
-    found = available(msgspec.structs.replace(config, workers=named))
+    try:
+        found = available(msgspec.structs.replace(config, workers=named))
+    except ConfigError as e:
+        raise ConfigError(str(e).replace("[workers]", "[market]")) from None
     silent = [name for name, venue in found.items() if not isinstance(venue, Feed) or not venue.socket_url()]
     if config.market.exchanges and silent:
         raise ConfigError(f"[market] exchanges: {', '.join(silent)} offers no socket")

@@ -59,10 +59,14 @@ class Lag:
         behind_s = received_s - time_ms / 1000
         self._most.note(behind_s, received_s)
         offset_s = self._most.value
-        if received_s - self._calibrated_s < CALIBRATED_S:
+        if self.calibrated(received_s):
             offset_s = min(offset_s, -self._least.value)
         self.late_s = behind_s - offset_s
         return received_s - self.late_s
+
+    def calibrated(self, now_s: float) -> bool:
+        """Whether the exchange's clock is known: else even the quickest frame may have been late by any time."""
+        return now_s - self._calibrated_s < CALIBRATED_S
 
     def calibrate(self, time_ms: int, sent_s: float, received_s: float) -> None:
         """Take a REST answer that carries the exchange's clock as it was when it answered: not that of what it tells, nor of a cache."""

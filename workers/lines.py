@@ -1,16 +1,15 @@
 """The sockets of one exchange: opens as many as its channels need, subscribes, reads, and opens anew what ends.
 
-What a frame tells goes on at once, with the time at which it was surely true: by its date (workers/lag.py), else when the newest ping was
-sent that was answered before it, for on one connection nothing overtakes. So what lay in a socket while this process or the network
-stood still is never taken for new. Nothing queues here: where frames arrive faster than they are read, they wait in the socket, and the
-lag shows it.
+What a frame tells goes on at once, with the time at which it was surely true: by its date, where the exchange's clock is known
+(workers/lag.py), else when the newest ping was sent that was answered before it, for on one connection nothing overtakes. So what lay in
+a socket while this process or the network stood still is never taken for new. Nothing queues here: where frames arrive faster than they
+are read, they wait in the socket, and the lag shows it.
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,13 +18,14 @@ from typing import Literal
 import aiohttp
 import msgspec
 from aiohttp import ClientWSTimeout, WSMsgType
-from msgspec import Struct, field
 
+from bus import market
 from bus.lifecycle import reason, running
 from bus.market import NEVER
 from bus.metrics import FeedMetrics
 from workers.http import LIMITED
 from workers.lag import Lag
+from workers.line import INFINITE, Line, State
 from workers.updates import BookDelta, BookSnapshot, Channel, Refused, Update
 from workers.venues import Feed
 
@@ -72,42 +72,6 @@ UNREADABLE = (ValueError, LookupError, TypeError, ArithmeticError, RecursionErro
 """What Feed.parse() makes of a stranger's bytes. decimal's errors are ArithmeticError."""
 
 
-class State(Struct):
-    """Of a channel on its connection. asked: it is subscribed to, as far as we know. due_s: when to do that, or when it was done.
-    tries: again() in a row. snapshot_by_s: until then a delta may be of the subscription before."""
-
-    asked: bool = False
-    refused: bool = False
-    due_s: float = NEVER
-    tries: int = 0
-    snapshot_by_s: float = NEVER
-
-
-class Line(Struct, eq=False):
-    """One connection. dropped: channels to unsubscribe. changed: there is something to say. pings: when each was sent that was not answered
-    yet; since_s: whatever comes now was sent after that."""
-
-    channels: dict[Channel, State] = field(default_factory=dict)
-    dropped: dict[Channel, None] = field(default_factory=dict)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-    open: bool = False
-    pings: dict[bytes, float] = field(default_factory=dict)
-    since_s: float = NEVER
-
-    def drop(self, channel: Channel, state: State) -> None:
-        if state.asked:
-            self.dropped[channel] = None
-            state.asked = False
-        self.changed.set()
-
-    def answered(self, ping: bytes) -> None:
-        """aiohttp's own pings, which are empty, and those that a later one was answered for mean nothing."""
-        if (sent_s := self.pings.get(ping)) is not None:
-            self.since_s = sent_s
-            self.pings = {payload: later_s for payload, later_s in self.pings.items() if later_s > sent_s}
-
-
 class Lines:
     """heard: called with each update in the order of the frames, and when it was surely true, monotonic. lost: with the channels of a
     connection that has ended or could not be opened; they are asked for again without being told to. Both may call what is here.
@@ -126,7 +90,7 @@ class Lines:
         heard: Callable[[Update, float], None],
         lost: Callable[[Sequence[Channel], str], None],
         metrics: FeedMetrics,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = market.clock,
     ) -> None:
         self._exchange = exchange
         self._feed = feed
@@ -183,6 +147,12 @@ class Lines:
         line.drop(channel, state)
         told = {"kind": channel.kind, "instrument": channel.instrument, "why": why, "in_s": round(state.due_s - now_s, 2)}
         log.info("subscribing again", extra={"fields": {"exchange": self._exchange} | told})
+
+    def silent_s(self, channel: Channel) -> float:
+        """How long ago a channel was subscribed to; 0 before its turn."""
+        line = self._at.get(channel)
+        state = line.channels[channel] if line is not None else State()
+        return max(0.0, self._clock() - state.due_s) if state.asked else 0.0
 
     @property
     def connections(self) -> int:
@@ -260,7 +230,7 @@ class Lines:
         line.dropped.clear()
         line.pings.clear()
         for state in line.channels.values():
-            state.asked = False
+            state.asked, state.due_s = False, NEVER if state.due_s == INFINITE else state.due_s
 
     def _end(self, line: Line, error: BaseException, tries: int) -> None:
         """Tell at once what is not fed any more."""
@@ -269,7 +239,7 @@ class Lines:
         result, why = self._judge(error, was_open=was_open)
         self._connects.labels(self._exchange, result).inc()
         level = logging.WARNING if was_open or not tries else logging.DEBUG  # one line for an exchange that is away for long
-        fields = {"exchange": self._exchange, "channels": len(line.channels), "why": why, "error": repr(error)[:200]}
+        fields = {"exchange": self._exchange, "channels": len(line.channels), "why": why, "error": type(error).__name__}
         log.log(level, "socket lost", extra={"fields": fields})
         if line.channels:
             self._lost(list(line.channels), why)
@@ -329,11 +299,12 @@ class Lines:
             state.snapshot_by_s = NEVER
         elif isinstance(update, Refused):
             state.asked, state.refused = False, True
-        if update.time_ms is None:
-            proven_s = line.since_s
-        else:
-            proven_s = self._lag.proven_s(update.time_ms, received_s)
+        proven_s = line.since_s
+        if update.time_ms is not None:
+            dated_s = self._lag.proven_s(update.time_ms, received_s)
             self._late.observe(self._lag.late_s)
+            if self._lag.calibrated(received_s):
+                proven_s = dated_s
         self._heard(update, proven_s)
 
     async def _speak(self, line: Line, socket: Socket) -> None:
@@ -341,26 +312,32 @@ class Lines:
         per_s, most = self._feed.requests_per_s, max(1, int(self._feed.requests_per_s))
         sent_s = deque([NEVER] * most, most)
         ping_s, pings = NEVER, 0
-        keepalive_s = self._clock() + KEEPALIVE_S if self._feed.keepalive else float("inf")
+        keepalive_s = self._clock() + KEEPALIVE_S if self._feed.keepalive else INFINITE
 
         async def turn() -> None:
             await asyncio.sleep(max(0.0, sent_s[0] + most / per_s * PACE_S - self._clock()))
 
+        outbox = deque[tuple[str, list[State]]]()
         while True:
-            due_s = min((state.due_s for state in line.channels.values() if not (state.asked or state.refused)), default=ping_s)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(due_s, ping_s, keepalive_s) - self._clock()):
-                    await line.changed.wait()
-            await turn()  # first, so that what is wanted meanwhile goes into the same frames
+            if not outbox:
+                due_s = min((state.due_s for state in line.channels.values() if not (state.asked or state.refused)), default=ping_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(due_s, ping_s, keepalive_s) - self._clock()):
+                        await line.changed.wait()
+                await turn()  # first, so that what is wanted meanwhile goes into the same frames
             line.changed.clear()
-            frames = self._wanted(line)
+            outbox += self._wanted(line)
             if self._clock() >= keepalive_s:
-                frames.append(self._feed.keepalive)
+                outbox.appendleft((self._feed.keepalive, []))
                 keepalive_s = self._clock() + KEEPALIVE_S
-            for frame in frames:
+            if outbox:
                 await turn()
-                sent_s.append(self._clock())
+                frame, asked = outbox.popleft()
+                now_s = self._clock()
+                sent_s.append(now_s)
                 await socket.send_str(frame)
+                for state in asked:
+                    state.due_s, state.snapshot_by_s = now_s, now_s + SNAPSHOT_S
             if self._clock() >= ping_s:
                 await turn()
                 pings += 1
@@ -371,8 +348,8 @@ class Lines:
                 if len(line.pings) > MOST_PINGS:
                     del line.pings[next(iter(line.pings))]
 
-    def _wanted(self, line: Line) -> list[str]:
-        """The frames that make the exchange send what is wanted now."""
+    def _wanted(self, line: Line) -> list[tuple[str, list[State]]]:
+        """The frames that make the exchange send what is wanted now, the last one with the channels that are asked for once it is sent."""
         now_s, frames = self._clock(), list[str]()
         if line.dropped:
             frames += self._feed.unsubscribe(list(line.dropped), self._levels)
@@ -381,8 +358,8 @@ class Lines:
         if due:
             frames += self._feed.subscribe(list(due), self._levels)
         for state in due.values():
-            state.asked, state.due_s, state.snapshot_by_s = True, now_s, now_s + SNAPSHOT_S
-        return frames
+            state.asked, state.due_s, state.snapshot_by_s = True, INFINITE, INFINITE
+        return [(frame, []) for frame in frames[:-1]] + [(frame, list(due.values())) for frame in frames[-1:]]
 
 
 def pause_s(tries: int, least_s: float, most_s: float) -> float:

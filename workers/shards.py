@@ -13,6 +13,8 @@ LISTEN_S = BEAT_S * 1.2
 """A feeder that has just begun listens for so long, before it takes a silent shard for one that nobody feeds."""
 SPREAD_S = 0.2
 """Feeders that wait for the same shard do not all claim it at once."""
+SPREAD = 10**6
+"""Two claims of one millisecond have different epochs."""
 CALM_S = 3.0
 """At least so long between claims of shards that another one feeds."""
 
@@ -58,5 +60,5 @@ class Shards:
                 due = [max(shard for shard, heard in self._heard.items() if heard.feeder == most and shard not in self.epochs)]
         for shard in due:
             self._calm_s = now_s + CALM_S
-            self.epochs[shard] = max(self._heard[shard].epoch + 1, self._now_ms() * 1000 + random.randrange(1000))
+            self.epochs[shard] = max(self._heard[shard].epoch + 1, self._now_ms() * SPREAD + random.randrange(SPREAD))
         return due

@@ -11,6 +11,8 @@ from bus.messages import Candle, Depth, Level, Ticker, TradeRow, encode
 from workers.book import Book
 from workers.updates import Bars, BookDelta, BookSnapshot, Channel, Quote, Tape, Update
 
+AUDITED = 10
+"""Levels a side that a book by REST must have, where ours has as many."""
 TRADES = 50
 BARS = 10
 """So many of the newest a value holds."""
@@ -19,13 +21,13 @@ Checksum = Callable[[Sequence[Level], Sequence[Level]], int | None]
 
 
 class Source:
-    """proven_s: when what is known was last proven, monotonic; asked_s: when it was subscribed to, or nothing was known any more.
-    refusals: of its subscription. levels: of each side of a depth."""
+    """proven_s: when what is known was last proven, monotonic. refusals, silences, strikes: of its subscription, answers of nothing to
+    it, and REST answers that said something else, each in a row. empty: there is nothing to tell. levels: of each side of a depth."""
 
-    def __init__(self, channel: Channel, levels: int, checksum: Checksum, asked_s: float = market.NEVER) -> None:
+    def __init__(self, channel: Channel, levels: int, checksum: Checksum) -> None:
         self.channel = channel
-        self.asked_s = asked_s
-        self.refusals = 0
+        self.refusals = self.silences = self.strikes = 0
+        self.empty = False
         self.proven_s = market.NEVER
         self.changes = 0
         """Counts what happened, so that an audit notices that it was overtaken."""
@@ -49,10 +51,11 @@ class Source:
         self._rows.clear()
         self._bars.clear()
         self.blank()
+        self.empty = False
 
     def blank(self) -> None:
         """There is nothing to tell for now: the book has a side without a level."""
-        self._top = None
+        self._top, self.empty = None, True
         self.proven_s = market.NEVER
         self.changes += 1
 
@@ -62,6 +65,7 @@ class Source:
         Raises workers.book.EmptyBook: blank() it; any other BookError: forget() it, and subscribe anew.
         """
         self.changes += 1
+        self.refusals, self.empty = 0, False
         match update:
             case Quote(ticker=ticker):
                 changed, self._ticker = ticker != self._ticker, ticker
@@ -97,11 +101,11 @@ class Source:
         return True
 
     def agrees(self, answer: Any) -> bool:
-        """Whether what the exchange answers by REST is what is known: a Ticker or a Depth, as far as both have levels."""
+        """Whether what the exchange answers by REST is what is known: a Ticker, or a Depth as far as both have levels, at least AUDITED."""
         if isinstance(answer, Depth) and self._top is not None:
             asks, bids = self._top
             return all(
-                bool(mine) and bool(theirs) and mine[: len(theirs)] == theirs[: len(mine)]
+                len(theirs) >= min(len(mine), AUDITED) and mine[: len(theirs)] == theirs[: len(mine)]
                 for mine, theirs in ((asks, answer.asks), (bids, answer.bids))
             )
         return isinstance(answer, Ticker) and self._ticker is not None and _timeless(answer) == _timeless(self._ticker)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 
 import nats.errors
@@ -44,7 +43,7 @@ class Value(Struct, eq=False):
 class Teller:
     """Of one exchange. parts: the shards that are fed, by number. clock: monotonic."""
 
-    def __init__(self, bus: Bus, exchange: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, bus: Bus, exchange: str, clock: Callable[[], float] = market.clock) -> None:
         self._bus = bus
         self._exchange = exchange
         self._clock = clock
@@ -95,17 +94,19 @@ class Teller:
     async def hear_tick(self, message: Msg) -> None:
         """Take note of a follower's clock. A new follower, and one that missed a beat, get a whole one at once."""
         follower = message.subject.partition(".")[2]
-        with contextlib.suppress(*UNREADABLE):
+        try:
             shown_ms, whole = market.read_tick(message.data)
-            if follower not in self._ticks:
-                if len(self._ticks) >= MOST_FOLLOWERS:
-                    return
-                whole = True
-            self._ticks[follower] = (shown_ms, self._clock())
-            if whole:
-                for part in self.parts.values():
-                    part.whole = True
-                self._soon.set()
+        except UNREADABLE:
+            return  # a stranger's noise
+        if follower not in self._ticks:
+            if len(self._ticks) >= MOST_FOLLOWERS:
+                return
+            whole = True
+        self._ticks[follower] = (shown_ms, self._clock())
+        if whole:
+            for part in self.parts.values():
+                part.whole = True
+            self._soon.set()
 
     async def keep_beating(self) -> None:
         while True:

@@ -19,7 +19,7 @@ class Wishes:
         self._pairs: dict[Pair, dict[str, float]] = {}
         self._barred: dict[Pair, float] = {}
         self._refused: dict[Pair, float] = {}
-        self._doubtful: dict[Pair, set[str]] = {}
+        self._doubtful: dict[Pair, dict[str, float]] = {}
         self._found: OrderedDict[Pair, None] = OrderedDict()
 
     def hear(self, wish: Wish, now_s: float) -> int:
@@ -30,9 +30,14 @@ class Wishes:
             for pair, followers in list(self._pairs.items()):
                 if pair not in kept:
                     self._end(pair, followers, wish.follower)
+            self._doubtful = {
+                pair: {one: heard_s for one, heard_s in ones.items() if one != wish.follower and heard_s >= now_s - WISHES_GONE_S}
+                for pair, ones in self._doubtful.items()
+            }
+            self._doubtful = {pair: ones for pair, ones in self._doubtful.items() if ones}
         for pair in wish.unproven:
             if not self.exists(pair) and (pair in self._doubtful or len(self._doubtful) < self._most):
-                self._doubtful.setdefault(pair, set()).add(wish.follower)
+                self._doubtful.setdefault(pair, {})[wish.follower] = now_s
         for pair in (*wish.keys, *filter(self.exists, wish.unproven)):
             if pair in self._pairs:
                 self._pairs[pair][wish.follower] = now_s
@@ -53,6 +58,11 @@ class Wishes:
     def exists(self, pair: Pair) -> bool:
         """Whether its market is known to exist."""
         return pair in self._pairs or pair in self._found
+
+    @property
+    def doubtful(self) -> list[Pair]:
+        """What is wished of markets of which nobody knows whether they exist."""
+        return list(self._doubtful)
 
     def unknown(self, pairs: Iterable[Pair], now_s: float) -> list[Pair]:
         """Those of which nobody knows yet whether their market exists."""

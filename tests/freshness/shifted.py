@@ -23,6 +23,8 @@ def main() -> None:
     for name in ("time", "monotonic", "perf_counter"):
         setattr(time, name, _shift(getattr(time, name), seconds))
         setattr(time, f"{name}_ns", _shift_ns(getattr(time, f"{name}_ns"), seconds))
+    true_clock = time.clock_gettime
+    time.clock_gettime = lambda number: true_clock(number) + seconds
     sys.argv = [module, *sys.argv[3:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -110,6 +110,9 @@ class Feed(Protocol):
     """May be offered: the exchange's socket, as pure functions. workers/lines.py keeps the connections, workers/desk.py the values; a
     venue that offers it lets `ticker` and `depth` be called without keys, by which quiet markets are proven.
 
+    Updates should carry time_ms, and the venue offer time_ms() (Expiry): else a frame is only proven by the socket's pings, and an exchange
+    that answers those ahead of late frames makes them look new.
+
     feeds: kinds of workers/updates.py. per_socket: channels that one connection may have. requests_per_s: frames that one connection
     may send. keepalive: a frame that the exchange wants to hear every 15 s, "" where WebSocket's own pings do.
     """
