@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant(
         "a bridge that was cut off knows all",
         "bridge/resolve.py",
-        "self._clock() - self._sure_s >= SURE_S",
+        "now_s - self._sure_s >= SURE_S",
         "False",
         "swap-session-stalled",
         "wrong",
