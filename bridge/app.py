@@ -199,7 +199,7 @@ class Bridge:
                 content = await self._ask(request, route, call, question, one)
         except BusError as e:
             content, one.outcome = fmz.refuse(e, *keys), e.code
-        except Exception:
+        except Exception:  # every request gets one answer, whatever is wrong with us
             log.exception("unhandled error")  # the traceback stays here, the host gets one line
             told = "internal error, see the bridge's log"
             error = outcome_unknown(told, one.key if METHODS[one.method].places else "") if one.key else Internal(told)

@@ -95,12 +95,12 @@ class Follower:
         self._check_room(key[0], known=known)
         entry = self.entries[key] = Entry(*key, self._clock(), self._max_age_s[market.base(key[1])[0]])
 
+        subscription: Subscription | None = None
         read = 0
 
         async def hear(message: Msg) -> None:
             nonlocal read
             read += 1
-            subscription = self._subscriptions.get(key)
             lost = subscription.delivered - subscription.pending_msgs - read if subscription is not None else 0
             if lost:
                 self.dropped += lost
@@ -108,11 +108,15 @@ class Follower:
             self._take(entry, message)
 
         try:
-            self._subscriptions[key] = await self._bus.nc.subscribe(subjects.feed(*key), cb=hear, pending_msgs_limit=WAITING)
-        except BaseException:
+            subscription = await self._bus.nc.subscribe(subjects.feed(*key), cb=hear, pending_msgs_limit=WAITING)
+        except BaseException:  # a cancel too must not leave an entry that nothing feeds
             self.entries.pop(key, None)
             self._missing.pop(key, None)
             raise
+        if self.entries.get(key) is not entry:  # left meanwhile
+            await subscription.unsubscribe()
+            return entry
+        self._subscriptions[key] = subscription
         entry.known = known
         self._unread.put_nowait(entry)
         await self._wish(key[0], Wish(follower=self._bus.process, keys=wished if known else [], unproven=[] if known else wished))

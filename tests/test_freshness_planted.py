@@ -1,14 +1,10 @@
 """The freshness checker finds what it is there for: answers spoilt between bridge and host, each counted; and, in a copy of the tree, one
 rule of freshness broken by hand, which a case tells.
-
-No switch in the product does this; the copy's files are changed, and the text that is replaced must be there exactly once.
 """
 
 import asyncio
 import functools
-import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -24,13 +20,11 @@ from tests.freshness import hosts, relay
 from tests.freshness.cluster import MAX_AGE_S, Cluster, clustered
 from tests.freshness.relay import Relay, Spoil
 from tests.freshness.verdict import Verdict, judge
+from tests.mutated import mutated
 from tests.servers import eventually, grows
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("bus", "bridge", "workers", "tests")
-WHERE = "import bus, bridge, workers, tests; print(*(one.__file__ for one in (bus, bridge, workers, tests)), sep='\\n')"
 ENOUGH = 100
 """Spoilt answers that each planted fault has to be found in."""
 
@@ -179,16 +173,7 @@ MUTANTS = (
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_broken_rule_is_found(mutant: Mutant, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
-    changed = tree / mutant.file
-    before = changed.read_text()
-    assert before.count(mutant.text) == 1, f"{mutant.file} has changed: what is broken here must be said anew"
-    changed.write_text(before.replace(mutant.text, mutant.other))
-    env = os.environ | {"PYTHONPATH": str(tree)}
-    imported = subprocess.run([sys.executable, "-c", WHERE], cwd=tree, env=env, capture_output=True, text=True, check=True).stdout
-    assert imported.splitlines() == [str(tree / package / "__init__.py") for package in PACKAGES]
+    tree, env = mutated(tmp_path / "tree", mutant.file, mutant.text, mutant.other)
     command = [sys.executable, "-m", "tests.freshness", "--fault", mutant.fault]
     run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=170)
     line = re.search(rf"^{mutant.fault}: answers \d+, from the feed [1-9]\d*, stale (\d+), wrong (\d+), errors \d+, ", run.stdout, re.M)
